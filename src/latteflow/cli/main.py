@@ -1,0 +1,51 @@
+"""The ``latteflow`` command."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from latteflow.cli.ask import ask
+from latteflow.cli.data import data
+from latteflow.cli.generate import generate
+from latteflow.cli.info import info
+from latteflow.cli.train import train
+from latteflow.errors import UserError
+
+app = typer.Typer(
+    name="latteflow",
+    help="One model that understands pictures and makes them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for _verb in (generate, ask, info, data, train):
+    app.command()(_verb)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from latteflow import __version__
+
+        print(f"latteflow {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and leave.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """One model that understands pictures and makes them."""
+
+
+def main() -> None:
+    """Run the command; a user's mistake becomes one line on stderr and exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        print(f"latteflow: {error}", file=sys.stderr)
+        sys.exit(2)

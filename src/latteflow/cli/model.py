@@ -1,0 +1,87 @@
+"""Loading a model for a verb: device, dtype, and what went wrong in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from latteflow.errors import UserError
+
+if TYPE_CHECKING:
+    from latteflow.pipeline import LatteFlowPipeline
+
+ModelOption = Annotated[
+    str, typer.Option("--model", "-m", help="An embedded model's name, a local folder, or a model of the hub.")
+]
+DeviceOption = Annotated[
+    str | None, typer.Option("--device", help="cpu, cuda, mps ...; left out: cuda where there is one, else cpu.")
+]
+DEFAULT_MODEL = "emoji-64"
+
+
+def load_pipeline(model: str, device: str | None = None) -> LatteFlowPipeline:
+    """Load a pipeline onto a device, quietly; float32 on CPU and for embedded models, bfloat16 elsewhere.
+
+    Raises:
+        UserError: there is no such model, or its files are broken or another model's.
+    """
+    import torch
+    from diffusers.utils import logging as diffusers_logging
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.utils import disable_progress_bars
+    from safetensors import SafetensorError
+    from transformers.utils import logging as transformers_logging
+
+    from latteflow.models.embedded import embedded_models
+    from latteflow.pipeline import LatteFlowPipeline
+
+    diffusers_logging.set_verbosity_error()
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    disable_progress_bars()
+    embedded = embedded_models()
+    _check_place(model, list(embedded))
+    target = _device(device)
+    dtype = torch.float32 if target.type == "cpu" or model in embedded else torch.bfloat16
+    try:
+        pipe = LatteFlowPipeline.from_pretrained(model, torch_dtype=dtype)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, (HfHubHTTPError, HFValidationError)) or not Path(model).exists() and model not in embedded:
+            raise UserError(f"no model {model!r}: embedded are {_listed(embedded)}; a folder or hub id will do") from error
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise UserError(f"{model} cannot be loaded as a latteflow model ({reason}): is it complete?") from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(target)
+
+
+def _check_place(model: str, embedded: list[str]) -> None:
+    """Refuse, before anything heavy is loaded, what can be no model."""
+    folder = Path(model)
+    if model in embedded:
+        return
+    if folder.exists():
+        if not (folder / "model_index.json").is_file():
+            raise UserError(f"{model} holds no model_index.json: a model's folder is what save_pretrained writes")
+        return
+    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+        raise UserError(f"no model {model!r}: embedded are {_listed(embedded)}; a folder or hub id (owner/name) will do")
+
+
+def _listed(embedded: object) -> str:
+    return ", ".join(embedded) or "none"  # type: ignore[call-overload]
+
+
+def _device(name: str | None) -> object:
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {name!r} is not to be had here: leave --device out, or give cpu") from error
+    return device

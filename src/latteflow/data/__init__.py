@@ -1,0 +1,1 @@
+"""Captioned pictures in, training batches out."""

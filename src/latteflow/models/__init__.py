@@ -1,0 +1,1 @@
+"""The networks: the replica and its experts, the frozen backbones' context, the autoencoder, the embedded models."""

@@ -1,0 +1,1 @@
+"""Backbones: one file a family of vision-language models."""

@@ -1,0 +1,105 @@
+"""The context: the backbone's per-layer keys and values of a prompt, computed once and read at every step.
+
+Words never see latents, so nothing in the context depends on t. Group k reads its own layers' slice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache
+
+
+@dataclass(frozen=True)
+class Context:
+    """Keys and values of B prompts of up to T tokens, for all L layers of the backbone.
+
+    Padding stands at the end of a prompt and is never attended to.
+    """
+
+    keys: torch.Tensor
+    """(B, L, key/value heads, T, head_dim), after rotary embedding, as the backbone caches them."""
+    values: torch.Tensor
+    """Like ``keys``."""
+    mask: torch.Tensor
+    """bool (B, T), true where there is a token."""
+    next_position: torch.Tensor
+    """int64 (B,), the first rotary position after each prompt."""
+
+    def __len__(self) -> int:
+        return len(self.mask)
+
+    def layer(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return keys and values of one backbone layer, each (B, key/value heads, T, head_dim)."""
+        return self.keys[:, number], self.values[:, number]
+
+    def select(self, index: torch.Tensor) -> Context:
+        """Return the context of prompts ``index``, int64 or bool (B,)."""
+        return Context(self.keys[index], self.values[index], self.mask[index], self.next_position[index])
+
+    def repeat_interleave(self, times: int) -> Context:
+        """Return the context with each prompt ``times`` times in a row."""
+        return self.select(torch.arange(len(self), device=self.mask.device).repeat_interleave(times))
+
+    def to(self, *args: Any, **kwargs: Any) -> Context:
+        """Move to a device, or bring keys and values to a dtype, as ``Tensor.to`` does."""
+        device = torch.empty(0, dtype=torch.bool).to(*args, **kwargs).device if args or kwargs else self.mask.device
+        return Context(
+            self.keys.to(*args, **kwargs),
+            self.values.to(*args, **kwargs),
+            self.mask.to(device),
+            self.next_position.to(device),
+        )
+
+
+def concatenate(contexts: Sequence[Context]) -> Context:
+    """Return one context of all prompts, padded to the longest."""
+    longest = max(context.mask.shape[1] for context in contexts)
+
+    def padded(x: torch.Tensor, axis: int) -> torch.Tensor:
+        missing = longest - x.shape[axis]
+        after = (0, 0) * (x.ndim - 1 - axis)
+        return nn.functional.pad(x, (*after, 0, missing))
+
+    return Context(
+        torch.cat([padded(context.keys, 3) for context in contexts]),
+        torch.cat([padded(context.values, 3) for context in contexts]),
+        torch.cat([padded(context.mask, 1) for context in contexts]),
+        torch.cat([context.next_position for context in contexts]),
+    )
+
+
+@torch.no_grad()
+def compute_context(backbone: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Context:
+    """Prefill the backbone with prompts and return what it would cache.
+
+    Args:
+        backbone: a transformers vision-language model (Qwen2-VL family).
+        input_ids: int64 (B, T), padded at the end.
+        attention_mask: (B, T), 1 where there is a token.
+
+    Raises:
+        ValueError: a prompt is padded in front: its words would not stand where they stand alone.
+    """
+    if not bool((attention_mask[:, :-1] >= attention_mask[:, 1:]).all()):
+        raise ValueError("prompts have to be padded at the end, not in front")
+    length = attention_mask.sum(-1)
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand(3, *input_ids.shape)
+    cache = DynamicCache(config=backbone.config.get_text_config())  # type: ignore[operator, union-attr]
+    backbone.model(  # type: ignore[operator, union-attr]
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+    )
+    return Context(
+        torch.stack([layer.keys for layer in cache.layers], dim=1),
+        torch.stack([layer.values for layer in cache.layers], dim=1),
+        attention_mask.bool(),
+        length,
+    )

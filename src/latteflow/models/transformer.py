@@ -1,0 +1,246 @@
+"""LaTtE-Flow's generator: the replica of a backbone's layers, cut into groups, each the expert of a timestep interval.
+
+Notable:
+
+- exactly one group of M = L / K layers runs for a given t;
+- latents attend to the frozen backbone layer's own keys and values of the prompt, and to one another;
+- inside a group, attention maps are carried from layer to layer through a gate that depends on t;
+- K = 1 is the paper's baseline, "Vanilla", of the same classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.modeling_utils import ModelMixin
+from torch import nn
+
+from latteflow.errors import UserError
+from latteflow.flow.intervals import Intervals
+from latteflow.models.context import Context
+from latteflow.nn.block import ReplicaLayer
+from latteflow.nn.embeddings import PatchEmbedding, TimeEmbedding, unpatchify
+from latteflow.nn.norm import RMSNorm, modulate
+from latteflow.nn.residual_attention import ResidualAttention
+from latteflow.nn.rotary import grid_positions, rotary_cos_sin
+
+
+class LatentIO(nn.Module):
+    """Latents in, velocity out, and the time embedding: what stands around a group's layers."""
+
+    def __init__(self, channels: int, patch_size: int, hidden_size: int, time_size: int, norm_eps: float) -> None:
+        super().__init__()
+        self.patch_embedding = PatchEmbedding(channels, patch_size, hidden_size)
+        self.time_embedding = TimeEmbedding(time_size)
+        self.out_norm = RMSNorm(hidden_size, norm_eps)
+        self.out_modulation = nn.Linear(time_size, 2 * hidden_size)
+        self.head = nn.Linear(hidden_size, channels * patch_size**2)
+        self.initialize()
+
+    @torch.no_grad()
+    def initialize(self) -> None:
+        """Set the start of what has no counterpart in the backbone. All are [D]: the paper gives no values."""
+        # The grid's places are told by rotary positions from the start; a learned place is added from nothing.
+        nn.init.zeros_(self.patch_embedding.place.weight)
+        # No dependence on t, and velocity zero: the best constant guess for normalised latents.
+        for layer in (self.out_modulation, self.head):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def velocity(self, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        """Map the last stream (B, N, D) to a velocity a patch, (B, N, channels · patch_size²)."""
+        shift, scale = self.out_modulation(nn.functional.silu(time)).chunk(2, dim=-1)
+        return self.head(modulate(self.out_norm(x), shift, scale))
+
+
+class LatteFlowTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
+    """The replica and its experts.
+
+    Usage:
+
+        transformer = LatteFlowTransformer.from_backbone(backbone, num_groups=4, latent_channels=32)
+        context = compute_context(backbone, input_ids, attention_mask)     # once a prompt
+        velocity = transformer(x_t, t, context)                            # once a step
+
+    Args:
+        num_layers: L, layers of the backbone and of the replica.
+        num_groups: K; divides L.
+        intervals: the K + 1 edges of the timestep intervals; left out, uniform.
+        residual_attention: "probs", "logits" or "none".
+        shared_io: one patch embedding, time embedding and head for all groups (the default, [D]), or one a group.
+        hidden_size: width, the backbone's.
+        intermediate_size: width inside the feed-forward, the backbone's.
+        num_attention_heads: the backbone's.
+        num_key_value_heads: the backbone's.
+        head_dim: the backbone's.
+        attention_bias: whether queries, keys and values have a bias, as in the backbone.
+        norm_eps: the backbone's.
+        rope_theta: the backbone's.
+        mrope_section: the backbone's split of rotary frequencies over time, height and width.
+        latent_channels: channels of the autoencoder's latents.
+        sample_size: side of the latents the model was trained on; what a call without a size draws.
+        patch_size: side, in latents, of what becomes one token.
+        time_embedding_size: width of the time embedding.
+        initial_scale: scale(t) of both branches of a layer at the start. [D]
+        latents_mean: mean a channel of the latents; empty stands for 0.
+        latents_std: spread a channel of the latents; empty stands for 1.
+
+    Raises:
+        UserError: K does not divide L, the edges are not K + 1, or sizes do not fit one another.
+    """
+
+    _supports_gradient_checkpointing = False
+    _no_split_modules = ("ReplicaLayer",)
+
+    @register_to_config
+    def __init__(
+        self,
+        num_layers: int = 28,
+        num_groups: int = 4,
+        intervals: Sequence[float] | None = None,
+        residual_attention: ResidualAttention = "probs",
+        shared_io: bool = True,
+        hidden_size: int = 1536,
+        intermediate_size: int = 8960,
+        num_attention_heads: int = 12,
+        num_key_value_heads: int = 2,
+        head_dim: int = 128,
+        attention_bias: bool = True,
+        norm_eps: float = 1e-6,
+        rope_theta: float = 1e6,
+        mrope_section: Sequence[int] = (16, 24, 24),
+        latent_channels: int = 32,
+        sample_size: int = 8,
+        patch_size: int = 1,
+        time_embedding_size: int = 256,
+        initial_scale: float = 0.3,
+        latents_mean: Sequence[float] = (),
+        latents_std: Sequence[float] = (),
+    ) -> None:
+        super().__init__()
+        self.intervals = Intervals.uniform(num_groups) if intervals is None else Intervals.from_edges(intervals)
+        _check_sizes(num_layers, num_groups, self.intervals, head_dim, mrope_section, residual_attention)
+        self.group_size = num_layers // num_groups
+        self.layers = nn.ModuleList(
+            ReplicaLayer(
+                hidden_size,
+                intermediate_size,
+                num_attention_heads,
+                num_key_value_heads,
+                head_dim,
+                attention_bias=attention_bias,
+                norm_eps=norm_eps,
+                time_size=time_embedding_size,
+                residual_attention=residual_attention,
+                first_of_group=number % self.group_size == 0,
+                initial_scale=initial_scale,
+            )
+            for number in range(num_layers)
+        )
+        self.io = nn.ModuleList(
+            LatentIO(latent_channels, patch_size, hidden_size, time_embedding_size, norm_eps)
+            for _ in range(1 if shared_io else num_groups)
+        )
+
+    def group_of(self, t: float | torch.Tensor) -> int | torch.Tensor:
+        """Return the index of the expert of t, a number or a tensor of any shape, in [0, 1] (0 is noise)."""
+        return self.intervals.group_of(t)
+
+    def layers_of(self, group: int) -> range:
+        """Return the numbers of a group's layers, in depth order; group 0 holds the first."""
+        return range(group * self.group_size, (group + 1) * self.group_size)
+
+    def forward(self, x_t: torch.Tensor, t: torch.Tensor, context: Context) -> torch.Tensor:
+        """Return the velocity (data minus noise) at x_t.
+
+        Args:
+            x_t: normalised latents on the path, (B, latent_channels, H, W).
+            t: times in [0, 1], float32 or float64 (B,); samples of different intervals may be mixed.
+            context: the backbone's, of B prompts.
+
+        Returns:
+            A tensor like ``x_t``.
+        """
+        groups = self.intervals.group_of(t)
+        present = groups.unique().tolist()
+        if len(present) == 1:
+            return self.expert(present[0], x_t, t, context)
+        v = torch.empty_like(x_t)
+        for group in present:
+            index = (groups == group).nonzero()[:, 0]
+            v[index] = self.expert(group, x_t[index], t[index], context.select(index)).to(v.dtype)
+        return v
+
+    def expert(self, group: int, x_t: torch.Tensor, t: torch.Tensor, context: Context) -> torch.Tensor:
+        """Run one group of layers on samples that all belong to its interval; shapes as in ``forward``."""
+        height, width = x_t.shape[-2:]
+        io = self.io[group if len(self.io) > 1 else 0]
+
+        time = io.time_embedding(t)
+        x = io.patch_embedding(x_t)
+        rotary = self._rotary(context.next_position, height // self.config.patch_size, width // self.config.patch_size)
+        mask = _visible(context.mask, x.shape[1])
+
+        attention_map = None
+        for number in self.layers_of(group):
+            x, attention_map = self.layers[number](
+                x, time, rotary=rotary, context=context.layer(number), mask=mask, previous_map=attention_map
+            )
+
+        return unpatchify(io.velocity(x, time), self.config.patch_size, height, width)
+
+    def _rotary(self, start: torch.Tensor, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return rotary_cos_sin(
+            grid_positions(start, height, width),
+            head_dim=self.config.head_dim,
+            theta=self.config.rope_theta,
+            sections=self.config.mrope_section,
+        )
+
+    @classmethod
+    def from_backbone(cls, backbone: nn.Module, **settings: Any) -> LatteFlowTransformer:
+        """Build the replica of a backbone's text layers, weights copied.
+
+        Args:
+            backbone: a transformers Qwen2-VL.
+            **settings: the arguments of this class that the backbone does not decide, such as ``num_groups``,
+                ``latent_channels``, ``residual_attention``.
+
+        Raises:
+            UserError: the backbone's layers are not of a family that the replica knows.
+        """
+        from latteflow.models.backbones.qwen2_vl import copy_layers, replica_config
+
+        replica = cls(**{**replica_config(backbone), **settings})
+        copy_layers(backbone, replica.layers)
+        return replica
+
+
+def _visible(context_mask: torch.Tensor, image_tokens: int) -> torch.Tensor | None:
+    """Return which keys latents see, bool (B, 1, 1, T + N): every word that is not padding, and each other."""
+    if bool(context_mask.all()):
+        return None  # nothing to hide: attention without a mask is faster
+    latents = context_mask.new_ones(len(context_mask), image_tokens)
+    return torch.cat([context_mask, latents], dim=1)[:, None, None]
+
+
+def _check_sizes(
+    num_layers: int,
+    num_groups: int,
+    intervals: Intervals,
+    head_dim: int,
+    mrope_section: Sequence[int],
+    residual_attention: str,
+) -> None:
+    if num_groups < 1 or num_layers % num_groups:
+        raise UserError(f"num_groups has to divide the {num_layers} layers: got {num_groups}")
+    if len(intervals) != num_groups:
+        raise UserError(f"{num_groups} groups need {num_groups + 1} edges: got {list(intervals.edges)}")
+    if sum(mrope_section) * 2 != head_dim:
+        raise UserError(f"mrope_section has to sum to half of head_dim {head_dim}: got {list(mrope_section)}")
+    if residual_attention not in ("probs", "logits", "none"):
+        raise UserError(f"residual_attention is probs, logits or none: got {residual_attention!r}")

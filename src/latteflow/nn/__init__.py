@@ -1,0 +1,1 @@
+"""Building blocks: they take numbers and tensors, never a config."""

@@ -1,0 +1,217 @@
+"""Recipes: YAML merged with ``key=value`` overrides by OmegaConf, then validated by pydantic.
+
+A recipe names its stage; the stage decides which sections it has. Unknown keys are refused with the nearest known one.
+A recipe's ``smoke:`` block is an override that makes the same run finish in seconds; ``smoke=true`` merges it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import TypeAdapter, ValidationError
+
+from latteflow.errors import UserError
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """A part of a recipe: immutable, and closed to keys it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataSection(Section):
+    """Which pictures, of those in a captioned set."""
+
+    path: str = "data/emoji"
+    leave_out_groups: tuple[str, ...] = ()
+    leave_out_subgroups: tuple[str, ...] = ()
+    styles: tuple[str, ...] = ()
+    """The styles to keep; empty keeps all."""
+    skin_tones: tuple[str, ...] = ()
+    """The skin tones to keep; empty keeps all."""
+
+
+class TrainSection(Section):
+    """The loop: the same for every stage."""
+
+    steps: PositiveInt
+    batch_size: PositiveInt
+    """Samples an optimizer step, over all processes and accumulation steps together."""
+    gradient_accumulation_steps: PositiveInt = 1
+    learning_rate: PositiveFloat = 1e-3
+    weight_decay: NonNegativeFloat = 0.0
+    beta2: Probability = 0.99
+    warmup_steps: NonNegativeInt = 100
+    schedule: Literal["constant", "cosine"] = "cosine"
+    gradient_clip: PositiveFloat = 1.0
+    ema_decay: Probability = 0.999
+    mixed_precision: Literal["no", "bf16"] = "bf16"
+    seed: NonNegativeInt = 0
+    log_every: PositiveInt = 20
+    preview_every: PositiveInt = 500
+    """Steps between picture grids and validation figures."""
+    checkpoint_every: PositiveInt = 500
+    keep_checkpoints: PositiveInt = 2
+    tracker: Literal["tensorboard", "none"] = "tensorboard"
+    cpu_threads: PositiveInt | None = None
+    """Threads on CPU; left out, PyTorch's own choice."""
+
+
+class AutoencoderSection(Section):
+    """The DC-AE (diffusers ``AutoencoderDC``): one width and block count a stage; each stage but the first halves."""
+
+    latent_channels: PositiveInt = 16
+    widths: tuple[PositiveInt, ...] = (32, 64, 128, 256)
+    layers: tuple[NonNegativeInt, ...] = (0, 1, 1, 1)
+    """Blocks a stage. 0 in front joins the first stage to the second: no work is done at full resolution."""
+    latent_noise: NonNegativeFloat = 0.0
+    """Noise added to the latents before decoding in training, as a fraction of their batch spread. [D]"""
+    gradient_weight: NonNegativeFloat = 0.0
+    """Weight of the L1 loss on differences of neighbouring pixels, beside L1 on the pixels themselves. [D]"""
+
+
+class BackboneSection(Section):
+    """The small Qwen2-VL of the embedded model, and its tokenizer."""
+
+    vocabulary: PositiveInt = 3072
+    hidden_size: PositiveInt = 256
+    intermediate_size: PositiveInt = 640
+    num_layers: PositiveInt = 12
+    num_heads: PositiveInt = 4
+    num_key_value_heads: PositiveInt = 2
+    vision_depth: PositiveInt = 4
+    vision_width: PositiveInt = 192
+    vision_heads: PositiveInt = 4
+    patch_size: PositiveInt = 8
+    turns: PositiveInt = 3
+    """Questions asked about one picture in one training sequence."""
+    text_share: Probability = 0.15
+    """Share of sequences without a picture: a loose description to its canonical caption."""
+    augment: bool = True
+
+
+class GeneratorSection(Section):
+    """The replica and how it is trained."""
+
+    autoencoder: str
+    """Folder of the trained autoencoder."""
+    backbone: str
+    """Folder of the trained backbone and its processor."""
+    num_groups: PositiveInt = 4
+    edges: tuple[float, ...] | None = None
+    """Edges of the timestep intervals; left out, uniform."""
+    residual_attention: Literal["probs", "logits", "none"] = "probs"
+    shared_io: bool = True
+    patch_size: PositiveInt = 1
+    time_embedding_size: PositiveInt = 128
+    initial_scale: float = 0.3
+    """scale(t) of both branches of a layer at the start. [D]"""
+    density: Literal["uniform", "logit_normal"] = "uniform"
+    logit_mean: float = 0.0
+    logit_std: PositiveFloat = 1.0
+    uniform_mix: Annotated[float, Field(ge=0.1, le=1)] = 0.1
+    prompt_dropout: Probability = 0.1
+    captions_per_image: PositiveInt = 4
+    """Captions drawn for each picture ahead of training; their contexts are computed once."""
+    preview_prompts: tuple[str, ...] = ("a slice of pizza, noto style",)
+    guidance_scale: float = 3.0
+
+
+class AutoencoderRecipe(Section):
+    """Stage one: pictures to latents and back."""
+
+    stage: Literal["autoencoder"]
+    output: str
+    data: DataSection = DataSection()
+    train: TrainSection
+    autoencoder: AutoencoderSection = AutoencoderSection()
+
+
+class BackboneRecipe(Section):
+    """Stage two: a vision-language model that captions and answers."""
+
+    stage: Literal["backbone"]
+    output: str
+    data: DataSection = DataSection()
+    train: TrainSection
+    backbone: BackboneSection = BackboneSection()
+
+
+class GeneratorRecipe(Section):
+    """Stage three: the replica, with backbone and autoencoder frozen."""
+
+    stage: Literal["generator"]
+    output: str
+    data: DataSection = DataSection()
+    train: TrainSection
+    generator: GeneratorSection
+
+
+Recipe = Annotated[AutoencoderRecipe | BackboneRecipe | GeneratorRecipe, Field(discriminator="stage")]
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> AutoencoderRecipe | BackboneRecipe | GeneratorRecipe:
+    """Read a recipe and apply ``key=value`` overrides (dotted keys; ``smoke=true`` merges the recipe's smoke block).
+
+    Raises:
+        UserError: no such file, not YAML, an override without ``=``, an unknown key, or a value of the wrong kind.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no recipe {path}: give the path of a YAML file such as recipes/emoji-64/generator.yaml")
+    for override in overrides:
+        if "=" not in override or override.startswith("="):
+            raise UserError(f"override {override!r} is not of the form key=value")
+    try:
+        config = OmegaConf.load(path)
+        if not isinstance(config, DictConfig):
+            raise UserError(f"{path} is not a recipe: its top level has to be keys and values")
+        extra = OmegaConf.from_dotlist(list(overrides))
+        smoke = config.pop("smoke", {})
+        if extra.pop("smoke", False):
+            config = OmegaConf.merge(config, smoke)
+        values = OmegaConf.to_container(OmegaConf.merge(config, extra), resolve=True)
+    except (OmegaConfBaseException, OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} cannot be read as a recipe: {_first_line(error)}") from error
+    try:
+        return TypeAdapter(Recipe).validate_python(values)
+    except ValidationError as error:
+        raise UserError(f"{path}: {_explain(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    location = [str(part) for part in first["loc"]]
+    if location and location[0] in ("autoencoder", "backbone", "generator"):
+        location = location[1:]  # the discriminator's own level
+    key = ".".join(location)
+    if first["type"] == "extra_forbidden":
+        nearest = difflib.get_close_matches(location[-1], sorted(_known_keys()), n=1)
+        return f"unknown key {key!r}" + (f": did you mean {nearest[0]!r}?" if nearest else "")
+    given = "" if first["type"] == "missing" else f" (given: {first['input']!r})"
+    return f"{key or 'the recipe'}: {first['msg']}{given}"
+
+
+def _known_keys() -> set[str]:
+    sections: list[type[Section]] = [AutoencoderRecipe, BackboneRecipe, GeneratorRecipe, DataSection, TrainSection]
+    sections += [AutoencoderSection, BackboneSection, GeneratorSection]
+    return {name for section in sections for name in section.model_fields}
+
+
+def resolved(recipe: Section) -> dict[str, Any]:
+    """Return the recipe as plain JSON values, every default written out: what a run records beside its weights."""
+    return recipe.model_dump(mode="json")
