@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from latteflow.errors import UserError
 from latteflow.flow.guidance import guide
 from latteflow.flow.schedulers import model_output_of_velocity, schedule_times, set_schedule
+from latteflow.models.answers import greedy_answers
 from latteflow.models.autoencoder import decode_latents
 from latteflow.models.context import Context, compute_context, concatenate
 from latteflow.models.embedded import resolve_model
@@ -74,9 +75,9 @@ class LatteFlowPipeline(DiffusionPipeline):
 
         Args:
             pretrained_model_name_or_path: ``emoji-64``, a folder, or a hub id.
-            **kwargs: as in diffusers. ``torch_dtype`` is float32 unless given, whatever the file holds.
+            **kwargs: as in diffusers. ``dtype`` is float32 unless given, whatever the file holds.
         """
-        kwargs.setdefault("torch_dtype", torch.float32)
+        kwargs.setdefault("dtype", torch.float32)
         return super().from_pretrained(resolve_model(str(pretrained_model_name_or_path)), **kwargs)
 
     @property
@@ -106,7 +107,7 @@ class LatteFlowPipeline(DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-    ) -> ImagePipelineOutput | tuple[Any]:
+    ) -> ImagePipelineOutput:
         """Draw pictures.
 
         Args:
@@ -121,7 +122,7 @@ class LatteFlowPipeline(DiffusionPipeline):
                 it was, or from generator i of a list.
             latents: normalised noise to start from, (pictures, channels, height / factor, width / factor).
             output_type: "pil", "np" (float in [0, 1], channels last), "pt" (channels first) or "latent".
-            return_dict: an ``ImagePipelineOutput`` rather than a tuple.
+            return_dict: an ``ImagePipelineOutput``; if false, a tuple of the images alone.
             callback_on_step_end: called as ``callback(pipe, step, timestep, tensors)`` after each call of the network;
                 may return changed ``latents``, and may stop the run by setting ``pipe._interrupt = True``.
             callback_on_step_end_tensor_inputs: what ``tensors`` holds; only "latents" is offered.
@@ -130,8 +131,8 @@ class LatteFlowPipeline(DiffusionPipeline):
             UserError: a size, step count, guidance scale, number or prompt that cannot be.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        size = self.transformer.config.sample_size * self.vae.spatial_compression_ratio
-        height, width = height or size, width or size
+        size: int = self.transformer.config.sample_size * self.vae.spatial_compression_ratio
+        height, width = size if height is None else height, size if width is None else width
         self._check(prompts, height, width, num_inference_steps, guidance_scale, num_images_per_prompt, output_type)
         if not set(callback_on_step_end_tensor_inputs) <= set(self._callback_tensor_inputs):
             raise UserError(f"callback_on_step_end_tensor_inputs can hold {list(self._callback_tensor_inputs)} only")
@@ -142,7 +143,9 @@ class LatteFlowPipeline(DiffusionPipeline):
         guided = guidance_scale != 1.0
         context = self.encode_prompt(prompts).repeat_interleave(num_images_per_prompt)
         if guided:
-            unconditional = self._encode_negative(negative_prompt, len(prompts)).repeat_interleave(num_images_per_prompt)
+            unconditional = self._encode_negative(negative_prompt, len(prompts)).repeat_interleave(
+                num_images_per_prompt
+            )
             context = concatenate([unconditional, context])
 
         # The path from noise to data: one expert a step.
@@ -162,7 +165,8 @@ class LatteFlowPipeline(DiffusionPipeline):
         # The decoder.
         images = x_t if output_type == "latent" else self.decode(x_t, output_type)
         self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        output = ImagePipelineOutput(images=images)  # type: ignore[arg-type]
+        return output if return_dict else output.to_tuple()  # type: ignore[return-value]
 
     def _velocity(self, x_t: torch.Tensor, t: float, context: Context, guidance_scale: float) -> torch.Tensor:
         """Return the guided velocity; ``context`` holds the unconditional half first where there is guidance."""
@@ -218,7 +222,7 @@ class LatteFlowPipeline(DiffusionPipeline):
     def decode(self, latents: torch.Tensor, output_type: str = "pil") -> list[Image.Image] | np.ndarray | torch.Tensor:
         """Return the pictures of normalised latents (number, channels, height / factor, width / factor)."""
         pictures = decode_latents(self.vae, self.transformer.config, latents.to(self.vae.dtype))
-        return VaeImageProcessor().postprocess(pictures.float(), output_type=output_type)
+        return VaeImageProcessor().postprocess(pictures.float(), output_type=output_type)  # type: ignore[return-value]
 
     @torch.no_grad()
     def ask(self, image: Image.Image, question: str, *, max_new_tokens: int = 64) -> str:
@@ -234,19 +238,11 @@ class LatteFlowPipeline(DiffusionPipeline):
         """
         if not question.strip():
             raise UserError("the question is empty: ask something, such as 'What is this?'")
-        prompt = self.processor.chat_prompt(question, pictures=1)
-        inputs = self.processor(prompt, [_on_white(image)]).to(self._execution_device)
-        inputs["pixel_values"] = inputs["pixel_values"].to(self.backbone.dtype)
-        output = self.backbone.generate(
-            **inputs,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            pad_token_id=self.processor.tokenizer.pad_token_id,
-            eos_token_id=self.processor.tokenizer.eos_token_id,
+        answers = greedy_answers(
+            self.backbone, self.processor, [_on_white(image)], question, max_new_tokens=max_new_tokens
         )
-        answer = output[0, inputs["input_ids"].shape[1] :]
         self.maybe_free_model_hooks()
-        return self.processor.tokenizer.decode(answer, skip_special_tokens=True).strip()
+        return answers[0]
 
     def _check(
         self,
@@ -280,7 +276,7 @@ def _generator_per_picture(
     generator: torch.Generator | Sequence[torch.Generator] | None, number: int
 ) -> list[torch.Generator]:
     if isinstance(generator, torch.Generator) or generator is None:
-        seed = torch.seed() if generator is None else generator.initial_seed()
+        seed = int(torch.randint(2**62, ())) if generator is None else generator.initial_seed()
         return [torch.Generator().manual_seed((seed + i) % 2**63) for i in range(number)]
     if len(generator) != number:
         raise UserError(f"{len(generator)} generators for {number} pictures: give one, or one each")

@@ -46,4 +46,6 @@ def _read_picture(file: Path) -> Image.Image:
             picture.load()
             return picture.copy()
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{file} cannot be read as a picture: give an intact PNG, JPEG, WebP, GIF or BMP file") from error
+        raise UserError(
+            f"{file} cannot be read as a picture: give an intact PNG, JPEG, WebP, GIF or BMP file"
+        ) from error

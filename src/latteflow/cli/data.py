@@ -25,8 +25,13 @@ def data(
     if name not in DATASETS:
         listed = "; ".join(f"{key} ({what})" for key, what in DATASETS.items())
         raise UserError(f"no data set is named {name!r}; there is: {listed}")
-    # Rendering libraries are wanted here only: no other verb should wait for them.
-    from latteflow.data.emoji import build_emoji
+    try:
+        # Rendering libraries are wanted here only: no other verb should wait for them, or need them.
+        from latteflow.data.emoji import build_emoji
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"building data sets needs {error.name}, which is not installed: pip install 'latteflow[data]'"
+        ) from error
 
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

@@ -44,7 +44,7 @@ def generate(
     import torch
 
     pipe.set_progress_bar_config(disable=None)  # shown on a terminal alone
-    images = pipe(
+    images: list[Image.Image] = pipe(
         prompts,
         negative,
         height=height,
@@ -53,7 +53,7 @@ def generate(
         guidance_scale=guidance,
         num_images_per_prompt=num_images,
         generator=torch.Generator().manual_seed(seed),
-    ).images
+    ).images  # type: ignore[assignment]
     settings = {"steps": steps, "guidance": guidance, "model": model, "negative_prompt": negative or ""}
     if grid:
         records = [{"prompt": " | ".join(prompts), "seed": seed, **settings}]

@@ -9,6 +9,7 @@ import typer
 
 from latteflow.cli.ask import ask
 from latteflow.cli.data import data
+from latteflow.cli.evaluate import evaluate
 from latteflow.cli.generate import generate
 from latteflow.cli.info import info
 from latteflow.cli.train import train
@@ -21,7 +22,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for _verb in (generate, ask, info, data, train):
+for _verb in (generate, ask, info, data, train, evaluate):
     app.command()(_verb)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +11,8 @@ import typer
 from latteflow.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
+
     from latteflow.pipeline import LatteFlowPipeline
 
 ModelOption = Annotated[
@@ -43,21 +46,22 @@ def load_pipeline(model: str, device: str | None = None) -> LatteFlowPipeline:
     transformers_logging.disable_progress_bar()
     disable_progress_bars()
     embedded = embedded_models()
-    _check_place(model, list(embedded))
+    _check_place(model, embedded)
     target = _device(device)
     dtype = torch.float32 if target.type == "cpu" or model in embedded else torch.bfloat16
     try:
-        pipe = LatteFlowPipeline.from_pretrained(model, torch_dtype=dtype)
+        pipe = LatteFlowPipeline.from_pretrained(model, dtype=dtype)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, (HfHubHTTPError, HFValidationError)) or not Path(model).exists() and model not in embedded:
-            raise UserError(f"no model {model!r}: embedded are {_listed(embedded)}; a folder or hub id will do") from error
+        here = model in embedded or Path(model).exists()
+        if not here or isinstance(error, (HfHubHTTPError, HFValidationError)):
+            raise UserError(_no_model(model, embedded)) from error
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise UserError(f"{model} cannot be loaded as a latteflow model ({reason}): is it complete?") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(target)
 
 
-def _check_place(model: str, embedded: list[str]) -> None:
+def _check_place(model: str, embedded: Iterable[str]) -> None:
     """Refuse, before anything heavy is loaded, what can be no model."""
     folder = Path(model)
     if model in embedded:
@@ -67,14 +71,14 @@ def _check_place(model: str, embedded: list[str]) -> None:
             raise UserError(f"{model} holds no model_index.json: a model's folder is what save_pretrained writes")
         return
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
-        raise UserError(f"no model {model!r}: embedded are {_listed(embedded)}; a folder or hub id (owner/name) will do")
+        raise UserError(_no_model(model, embedded))
 
 
-def _listed(embedded: object) -> str:
-    return ", ".join(embedded) or "none"  # type: ignore[call-overload]
+def _no_model(model: str, embedded: Iterable[str]) -> str:
+    return f"no model {model!r}: embedded are {', '.join(embedded) or 'none'}; a folder or hub id (owner/name) will do"
 
 
-def _device(name: str | None) -> object:
+def _device(name: str | None) -> torch.device:
     import torch
 
     if name is None:

@@ -36,7 +36,9 @@ def train(
             bar.update(task, completed=step.step, description=f"loss {step.loss:.4f}")
             validation = {name: value for name, value in step.figures.items() if name.startswith("validation/")}
             if validation:
-                shown = " ".join(f"{name.removeprefix('validation/')} {value:.4g}" for name, value in validation.items())
+                shown = " ".join(
+                    f"{name.removeprefix('validation/')} {value:.4g}" for name, value in validation.items()
+                )
                 console.print(f"step {step.step} ({step.seconds:.0f} s): loss {step.loss:.4f} {shown}", highlight=False)
 
         final = run(settings, stage, watch=watch)

@@ -16,6 +16,8 @@ WHAT = "What is this?"
 WHICH_STYLE = "Which style is this?"
 WHICH_CATEGORY = "Which category is this?"
 DESCRIBE = "Describe this picture."
+ANSWER_TOKENS = 16
+"""Enough tokens for any name, style or category."""
 
 _CAPTIONS = (
     "{name}, {style} style",
@@ -58,9 +60,7 @@ def draw_caption(record: Record, generator: torch.Generator) -> str:
     return caption
 
 
-def draw_turns(
-    record: Record, number: int, labels: Sequence[str], generator: torch.Generator
-) -> list[Turn]:
+def draw_turns(record: Record, number: int, labels: Sequence[str], generator: torch.Generator) -> list[Turn]:
     """Return ``number`` different questions about a picture, the one for its name always among them.
 
     Args:
@@ -85,6 +85,11 @@ def draw_turns(
 def with_article(name: str) -> str:
     """Return a noun with its indefinite article: ``a pizza``, ``an apple``."""
     return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
+
+
+def exact_share(answers: Sequence[str], wanted: Sequence[str]) -> float:
+    """Return the share of answers that are exactly what is wanted, case apart."""
+    return sum(answer.lower() == right.lower() for answer, right in zip(answers, wanted, strict=True)) / len(wanted)
 
 
 def _pick(items: Sequence[str], generator: torch.Generator) -> str:

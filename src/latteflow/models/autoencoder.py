@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -26,7 +27,7 @@ def small_autoencoder(*, latent_channels: int, widths: Sequence[int], layers: Se
     """
     if len(widths) != len(layers) or len(widths) < 2:
         raise UserError(f"an autoencoder needs a width and a block count a stage: got {list(widths)}, {list(layers)}")
-    for small, large in zip(widths[:-1], widths[1:], strict=True):
+    for small, large in pairwise(widths):
         if large % small and small % large:
             raise UserError(f"widths of neighbouring stages have to divide one another: {small} and {large} do not")
     stages = len(widths)
@@ -34,8 +35,8 @@ def small_autoencoder(*, latent_channels: int, widths: Sequence[int], layers: Se
         in_channels=3,
         latent_channels=latent_channels,
         attention_head_dim=32,
-        encoder_block_types=("ResBlock",) * stages,
-        decoder_block_types=("ResBlock",) * stages,
+        encoder_block_types=("ResBlock",) * stages,  # type: ignore[arg-type]
+        decoder_block_types=("ResBlock",) * stages,  # type: ignore[arg-type]
         encoder_block_out_channels=tuple(widths),
         decoder_block_out_channels=tuple(widths),
         encoder_layers_per_block=tuple(layers),

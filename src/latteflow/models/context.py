@@ -47,12 +47,12 @@ class Context:
 
     def to(self, *args: Any, **kwargs: Any) -> Context:
         """Move to a device, or bring keys and values to a dtype, as ``Tensor.to`` does."""
-        device = torch.empty(0, dtype=torch.bool).to(*args, **kwargs).device if args or kwargs else self.mask.device
+        keys = self.keys.to(*args, **kwargs)
         return Context(
-            self.keys.to(*args, **kwargs),
+            keys,
             self.values.to(*args, **kwargs),
-            self.mask.to(device),
-            self.next_position.to(device),
+            self.mask.to(keys.device),
+            self.next_position.to(keys.device),
         )
 
 
@@ -98,8 +98,8 @@ def compute_context(backbone: nn.Module, input_ids: torch.Tensor, attention_mask
         use_cache=True,
     )
     return Context(
-        torch.stack([layer.keys for layer in cache.layers], dim=1),
-        torch.stack([layer.values for layer in cache.layers], dim=1),
+        torch.stack([layer.keys for layer in cache.layers], dim=1),  # type: ignore[misc]
+        torch.stack([layer.values for layer in cache.layers], dim=1),  # type: ignore[misc]
         attention_mask.bool(),
         length,
     )

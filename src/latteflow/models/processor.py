@@ -33,9 +33,7 @@ class LatteFlowProcessor(ProcessorMixin):
     image_processor: Any
     tokenizer: PreTrainedTokenizerBase
 
-    def __init__(
-        self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None
-    ) -> None:
+    def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None) -> None:
         super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
 
     def __call__(
@@ -81,9 +79,9 @@ class LatteFlowProcessor(ProcessorMixin):
     def chat_prompt(self, question: str, *, pictures: int = 0) -> str:
         """Return one user turn as the backbone's chat template writes it, ready for the assistant's answer."""
         content = [{"type": "image"}] * pictures + [{"type": "text", "text": question}]
-        return self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}],
-            chat_template=self.chat_template,
+        return self.tokenizer.apply_chat_template(  # type: ignore[return-value]
+            [{"role": "user", "content": content}],  # type: ignore[arg-type, list-item]
+            chat_template=self.chat_template,  # type: ignore[arg-type]
             tokenize=False,
             add_generation_prompt=True,
         )

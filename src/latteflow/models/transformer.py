@@ -11,7 +11,7 @@ Notable:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -93,6 +93,7 @@ class LatteFlowTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         UserError: K does not divide L, the edges are not K + 1, or sizes do not fit one another.
     """
 
+    config: Any
     _supports_gradient_checkpointing = False
     _no_split_modules = ("ReplicaLayer",)
 
@@ -178,7 +179,7 @@ class LatteFlowTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
     def expert(self, group: int, x_t: torch.Tensor, t: torch.Tensor, context: Context) -> torch.Tensor:
         """Run one group of layers on samples that all belong to its interval; shapes as in ``forward``."""
         height, width = x_t.shape[-2:]
-        io = self.io[group if len(self.io) > 1 else 0]
+        io = cast(LatentIO, self.io[group if len(self.io) > 1 else 0])
 
         time = io.time_embedding(t)
         x = io.patch_embedding(x_t)

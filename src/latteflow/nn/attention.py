@@ -33,7 +33,8 @@ class Attention(nn.Module):
         mode: ResidualAttention,
     ) -> None:
         super().__init__()
-        self.head_dim, self.mode = head_dim, mode
+        self.head_dim = head_dim
+        self.mode: ResidualAttention = mode
         self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=bias)
         self.k_proj = nn.Linear(hidden_size, num_key_value_heads * head_dim, bias=bias)
         self.v_proj = nn.Linear(hidden_size, num_key_value_heads * head_dim, bias=bias)

@@ -14,7 +14,7 @@ _TIME_SCALE = 1000.0
 
 
 def sinusoidal(x: torch.Tensor, size: int, *, longest: float = 10_000.0) -> torch.Tensor:
-    """Return cosines and sines of x (...) at ``size / 2`` frequencies from 1 down to 1 / longest: float32 (..., size)."""
+    """Return cosines and sines of x (...) at ``size / 2`` frequencies from 1 to 1 / longest: float32 (..., size)."""
     half = size // 2
     frequencies = torch.exp(-math.log(longest) * torch.arange(half, device=x.device, dtype=torch.float32) / half)
     angles = x.float()[..., None] * frequencies

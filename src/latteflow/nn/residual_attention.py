@@ -80,7 +80,7 @@ def _attend_with_probs(
         scores = scores.masked_fill(~mask, float("-inf"))
     probs = scores.softmax(dim=-1)
     context_map, image_map = probs[..., :-image_tokens], probs[..., -image_tokens:]
-    if previous_map is not None:
+    if gate is not None and previous_map is not None:
         image_map = image_map + gate * previous_map
     out = torch.cat([context_map, image_map], dim=-1).to(value.dtype) @ value
     return out, image_map
@@ -97,7 +97,7 @@ def _attend_with_logits(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     image_map = _scores(query, _one_per_query_head(key[:, :, -image_tokens:], query))
     bias = torch.zeros(*image_map.shape[:-1], key.shape[2], dtype=query.dtype, device=query.device)
-    if previous_map is not None:
+    if gate is not None and previous_map is not None:
         carried = gate * previous_map
         image_map = image_map + carried
         bias[..., -image_tokens:] = carried.to(query.dtype)

@@ -1,7 +1,7 @@
-"""Multimodal rotary positions (Qwen2-VL, arXiv 2409.12191, section 2.1): time, height and width share the frequencies.
+"""Multimodal rotary positions (Qwen2-VL, arXiv 2409.12191, section 2.1): three axes share the frequencies.
 
-Of the head's frequencies, from the fastest to the slowest, the first section turns with the time position, the next with
-the height, the last with the width. For words the three positions are one and the scheme is ordinary rotary embedding.
+Of the head's frequencies, from the fastest to the slowest, the first section turns with the time position, the next
+with the height, the last with the width. For words the three positions are one: ordinary rotary embedding.
 """
 
 from __future__ import annotations

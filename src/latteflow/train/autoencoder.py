@@ -50,13 +50,8 @@ class AutoencoderStage:
         return self.model.decode(latent + self.settings.latent_noise * spread * noise).sample  # type: ignore[operator]
 
     def validate(self) -> dict[str, float]:
-        """Return PSNR in dB on the first 512 held-out pictures (pixels in [0, 1], mean over pictures)."""
-        psnr = []
-        for index in torch.arange(min(512, len(self.heldout))).split(64):
-            x = self.heldout.batch(index).to(self.device)
-            y = self.model(x).sample.float().clamp(-1, 1)
-            psnr.append(-10 * torch.log10(((y - x) / 2).square().mean(dim=(1, 2, 3))))
-        return {"psnr": torch.cat(psnr).mean().item()}
+        """Return PSNR in dB on 512 held-out pictures."""
+        return {"psnr": mean_psnr(self.model, self.heldout.spread(512), self.device)}
 
     def preview(self) -> Image.Image:
         """Return held-out pictures above their reconstructions."""
@@ -69,6 +64,17 @@ class AutoencoderStage:
     def export(self, folder: Path) -> None:
         """Write the autoencoder as diffusers loads it."""
         self.model.save_pretrained(folder)  # type: ignore[operator]
+
+
+@torch.no_grad()
+def mean_psnr(vae: nn.Module, images: CaptionedImages, device: torch.device) -> float:
+    """Return the mean over pictures of 10 log10(1 / mean squared error), in dB, pixels in [0, 1]."""
+    found = []
+    for index in torch.arange(len(images)).split(64):
+        x = images.batch(index).to(device)
+        y = vae(x).sample.float().clamp(-1, 1)
+        found.append(-10 * torch.log10(((y - x) / 2).square().mean(dim=(1, 2, 3))))
+    return torch.cat(found).mean().item()
 
 
 def _edge_loss(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

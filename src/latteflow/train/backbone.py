@@ -1,4 +1,4 @@
-"""Stage two: a small vision-language model that captions, answers, and reads the prompts that stage three draws from."""
+"""Stage two: a small vision-language model that captions, answers, and reads what stage three draws."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from latteflow.data import prompts
 from latteflow.data.captioned import CaptionedImages, Record
 from latteflow.data.loader import generator_of
 from latteflow.data.transforms import augment, patches_of
+from latteflow.models.answers import greedy_answers
 from latteflow.models.backbones.small_qwen2_vl import small_backbone, small_processor, train_tokenizer
 from latteflow.models.processor import IMAGE_TOKEN, PICTURE
 from latteflow.train.recipe import BackboneSection
 
 _IGNORED = -100  # transformers' label of positions that carry no loss
-_ANSWER_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class BackboneStage:
         ids, labels = (
             nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value).to(self.device)
             for rows, value in (
-                ([torch.tensor(c.ids) for c in conversations], self.tokenizer.pad_token_id),
+                ([torch.tensor(c.ids) for c in conversations], int(self.tokenizer.pad_token_id)),  # type: ignore[arg-type]
                 ([torch.tensor(c.labels) for c in conversations], _IGNORED),
             )
         )
@@ -101,38 +101,25 @@ class BackboneStage:
         return conversation_tokens(self.tokenizer, turns, head)
 
     def validate(self) -> dict[str, float]:
-        """Return the share of the first 512 held-out pictures whose name, style and category are answered exactly."""
-        index = torch.arange(min(512, len(self.heldout)))
-        records = [self.heldout.records[i] for i in index]
+        """Return the share of 512 held-out pictures whose name, style and category are answered exactly."""
+        part = self.heldout.spread(512)
         return {
-            name: exact_share(self.answers(self.heldout.batch(index), question), wanted)
+            name: prompts.exact_share(self._answers(part, question), wanted)
             for name, question, wanted in (
-                ("concept", prompts.WHAT, [record.label for record in records]),
-                ("style", prompts.WHICH_STYLE, [record.style for record in records]),
-                ("category", prompts.WHICH_CATEGORY, [record.group for record in records]),
+                ("concept", prompts.WHAT, [record.label for record in part.records]),
+                ("style", prompts.WHICH_STYLE, [record.style for record in part.records]),
+                ("category", prompts.WHICH_CATEGORY, [record.group for record in part.records]),
             )
         }
 
-    def answers(self, pictures: torch.Tensor, question: str) -> list[str]:
-        """Return the greedy answer to one question about each picture, float in [-1, 1], (number, 3, h, w)."""
-        prompt = self.processor.chat_prompt(question, pictures=1)
-        prompt = prompt.replace(IMAGE_TOKEN, IMAGE_TOKEN * self.picture_tokens)
-        ids = self.tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids
+    def _answers(self, images: CaptionedImages, question: str) -> list[str]:
         found = []
-        for part in pictures.split(128):
-            pixel_values, grid = patches_of(part.to(self.device), patch_size=self.settings.patch_size)
-            batch = ids.expand(len(part), -1).to(self.device)
-            output = self.model.generate(  # type: ignore[operator]
-                input_ids=batch,
-                attention_mask=torch.ones_like(batch),
-                mm_token_type_ids=(batch == self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)).long(),
-                pixel_values=pixel_values,
-                image_grid_thw=grid,
-                max_new_tokens=_ANSWER_TOKENS,
-                do_sample=False,
+        for start in range(0, len(images), 128):
+            pictures = images.pictures(range(start, min(start + 128, len(images))))
+            found += greedy_answers(
+                self.model, self.processor, pictures, question, max_new_tokens=prompts.ANSWER_TOKENS
             )
-            found += self.tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
-        return [answer.strip() for answer in found]
+        return found
 
     def preview(self) -> None:
         """Show nothing: the validation figures say it."""
@@ -160,17 +147,11 @@ def conversation_tokens(
         asked = tokenizer.apply_chat_template(
             [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
         )
-        question_ids = tokenizer(asked, add_special_tokens=False).input_ids
+        question_ids = tokenizer(str(asked), add_special_tokens=False).input_ids
         answer_ids = tokenizer(turn.answer, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
         ids += question_ids + answer_ids
         labels += [_IGNORED] * len(question_ids) + answer_ids
     return Conversation(ids, labels)
-
-
-def exact_share(answers: Sequence[str], wanted: Sequence[str]) -> float:
-    """Return the share of answers that equal what is wanted, case apart."""
-    hits = [answer.strip().lower() == right.lower() for answer, right in zip(answers, wanted, strict=True)]
-    return sum(hits) / len(hits)
 
 
 def _corpus(records: Sequence[Record]) -> Iterator[str]:

@@ -64,5 +64,7 @@ def load_checkpoint(folder: Path) -> tuple[int, dict[str, torch.Tensor], dict[st
         ema = load_file(folder / "ema.safetensors")
         optimizer = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
     except (OSError, ValueError, KeyError, RuntimeError, EOFError) as error:
-        raise UserError(f"checkpoint {folder} cannot be read ({error}): delete it to resume from the one before") from error
+        raise UserError(
+            f"checkpoint {folder} cannot be read ({error}): delete it to resume from the one before"
+        ) from error
     return step, model, ema, optimizer

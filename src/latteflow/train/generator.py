@@ -68,7 +68,7 @@ class GeneratorStage:
         """Move the frozen parts to the device and compute there what training reads."""
         self.device = device
         self.pipe.backbone.to(device)
-        self.vae.to(device)
+        self.vae.to(device)  # type: ignore[arg-type]
         self.latents = self._encode(self.images)
         self.contexts = self._training_contexts()
         self.empty_context = self._contexts([""])
@@ -120,14 +120,14 @@ class GeneratorStage:
 
     def preview(self) -> Image.Image:
         """Return four pictures for each preview prompt, a row a prompt."""
-        pictures = self.pipe(
+        pictures: torch.Tensor = self.pipe(
             list(self.settings.preview_prompts),
             num_inference_steps=20 - 20 % self.settings.num_groups,
             guidance_scale=self.settings.guidance_scale,
             num_images_per_prompt=4,
             generator=torch.Generator().manual_seed(0),
             output_type="pt",
-        ).images
+        ).images  # type: ignore[assignment]
         return picture_grid(pictures * 2 - 1, columns=8)
 
     def export(self, folder: Path) -> None:
@@ -168,7 +168,9 @@ class GeneratorStage:
 
 def _load_autoencoder(folder: str) -> AutoencoderDC:
     if not (Path(folder) / "config.json").is_file():
-        raise UserError(f"no autoencoder in {folder}: train one with `latteflow train recipes/emoji-64/autoencoder.yaml`")
+        raise UserError(
+            f"no autoencoder in {folder}: train one with `latteflow train recipes/emoji-64/autoencoder.yaml`"
+        )
     return AutoencoderDC.from_pretrained(folder).requires_grad_(False).eval()
 
 

@@ -6,8 +6,9 @@ random follow from them, so that a resumed run repeats the straight one bit for 
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +73,7 @@ def train(recipe: Section, stage: Stage, *, watch: Callable[[Progress], None] = 
     if accelerator.is_main_process:
         with run.averaged_weights():
             stage.export(final)
+        (final / "recipe.json").write_text(json.dumps(resolved(recipe), indent=2) + "\n")
     accelerator.wait_for_everyone()
     return final
 
@@ -124,18 +126,19 @@ class _Run:
         began = time.monotonic()
         for step in range(self.start, self.settings.steps):
             loss, figures = self._step(step)
-            done = step + 1
-            if done % self.settings.log_every and done != self.settings.steps:
+            done, last = step + 1, step + 1 == self.settings.steps
+            at_log = last or done % self.settings.log_every == 0
+            at_preview = last or done % self.settings.preview_every == 0
+            if last or done % self.settings.checkpoint_every == 0:
+                _require_finite(loss, done)
+                self._save(done)
+            if not (at_log or at_preview):
                 continue
-            if not torch.isfinite(loss):
-                raise TrainingDiverged(f"the loss of step {done} is {loss.item()}: lower train.learning_rate")
-            logged = {name: float(value) for name, value in figures.items()}
-            logged["learning_rate"] = self.schedule.get_last_lr()[0]
-            at_preview = done % self.settings.preview_every == 0 or done == self.settings.steps
+            _require_finite(loss, done)
+            logged: dict[str, float] = {name: float(value) for name, value in figures.items()}
+            logged["learning_rate"] = float(self.schedule.get_last_lr()[0])
             if at_preview:
                 logged |= self._preview(done)
-            if done % self.settings.checkpoint_every == 0 or done == self.settings.steps:
-                self._save(done)
             self.accelerator.log({"loss": loss.item(), **logged}, step=done)
             watch(Progress(done, self.settings.steps, loss.item(), time.monotonic() - began, logged))
 
@@ -145,7 +148,7 @@ class _Run:
         mine = index.tensor_split(accelerator.num_processes)[accelerator.process_index]
         parts = mine.tensor_split(settings.gradient_accumulation_steps)
         total = torch.zeros((), device=accelerator.device)
-        figures: dict[str, torch.Tensor] = {}
+        figures: Mapping[str, torch.Tensor] = {}
         for number, part in enumerate(parts):
             generator = generator_of(settings.seed, "step", step, accelerator.process_index, number)
             with accelerator.autocast():  # around the loss alone: autocast keeps cast weights until it is left
@@ -158,7 +161,7 @@ class _Run:
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.step(self.parameters.values())
-        return total, {**figures, "gradient_norm": norm}
+        return total, {**figures, "gradient_norm": torch.as_tensor(norm)}
 
     def _preview(self, step: int) -> dict[str, float]:
         with self.averaged_weights(), self.accelerator.autocast():
@@ -198,6 +201,11 @@ class _Run:
             self.ema.restore(parameters)
 
 
+def _require_finite(loss: torch.Tensor, step: int) -> None:
+    if not torch.isfinite(loss):
+        raise TrainingDiverged(f"the loss of step {step} is {loss.item()}: lower train.learning_rate")
+
+
 def _decay_groups(parameters: Iterable[torch.nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
     """Decay matrices and kernels only: norms, biases and gates have one dimension or none."""
     parameters = list(parameters)
@@ -207,9 +215,7 @@ def _decay_groups(parameters: Iterable[torch.nn.Parameter], weight_decay: float)
     ]
 
 
-def _load_parameters(
-    parameters: dict[str, torch.nn.Parameter], state: dict[str, torch.Tensor], folder: Path
-) -> None:
+def _load_parameters(parameters: Mapping[str, torch.Tensor], state: dict[str, torch.Tensor], folder: Path) -> None:
     """Copy ``state`` into ``parameters``; they have to agree in names and shapes."""
     for name in sorted(set(parameters) ^ set(state)):
         raise UserError(f"checkpoint {folder} does not fit this recipe (weight {name!r}): give another `output`")

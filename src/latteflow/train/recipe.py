@@ -13,8 +13,17 @@ from typing import Annotated, Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from pydantic import TypeAdapter, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+)
 
 from latteflow.errors import UserError
 
@@ -158,7 +167,9 @@ class GeneratorRecipe(Section):
 Recipe = Annotated[AutoencoderRecipe | BackboneRecipe | GeneratorRecipe, Field(discriminator="stage")]
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> AutoencoderRecipe | BackboneRecipe | GeneratorRecipe:
+def load_recipe(
+    path: str | Path, overrides: Sequence[str] = ()
+) -> AutoencoderRecipe | BackboneRecipe | GeneratorRecipe:
     """Read a recipe and apply ``key=value`` overrides (dotted keys; ``smoke=true`` merges the recipe's smoke block).
 
     Raises:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 from latteflow.data.emoji.build import BuildReport, build_emoji
 
 __all__ = ["BuildReport", "build_emoji"]

@@ -83,6 +83,7 @@ def build_emoji(
     Raises:
         UserError: a package cannot be fetched, an archive is damaged, or ``out`` holds something else.
     """
+    _check_folder(out)
     work = out / ".work"
     if force:
         shutil.rmtree(work, ignore_errors=True)
@@ -195,19 +196,27 @@ def _shards(out: Path, part: str) -> list[Path]:
     return sorted(out.glob(f"{part}-*-of-*.parquet"))
 
 
-def _complete(out: Path) -> dict[str, int] | None:
-    """The pictures of each part of the complete set in ``out``, or None when there is no complete set.
+def _check_folder(out: Path) -> None:
+    """Refuse to write over what is not an emoji set of ours, whatever the user forces.
 
     Raises:
-        UserError: ``out`` is a file, holds another data set, or a set made from other versions.
+        UserError: ``out`` is a file, or has another card.
     """
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file: name a folder with --out")
     readme = out / card.FILE_NAME
-    if not readme.exists():
-        return None
-    if card.MARK not in readme.read_text(encoding="utf-8", errors="replace"):
+    if readme.exists() and card.MARK not in readme.read_text(encoding="utf-8", errors="replace"):
         raise UserError(f"{out} holds something else (its {card.FILE_NAME} is not this data set's): name another --out")
+
+
+def _complete(out: Path) -> dict[str, int] | None:
+    """The pictures of each part of the complete set in ``out``, or None when there is no complete set.
+
+    Raises:
+        UserError: the set was made from other versions.
+    """
+    if not (out / card.FILE_NAME).exists():
+        return None
     images: dict[str, int] = {}
     for part in ("train", "heldout"):
         found = _shards(out, part)
@@ -220,5 +229,3 @@ def _complete(out: Path) -> dict[str, int] | None:
                 raise UserError(f"{out} holds an emoji set made from other versions: give --force to build it anew")
             images[part] += meta.num_rows
     return images
-
-

@@ -118,7 +118,7 @@ def _split_section(component_of: Mapping[split.Unit, int], chosen: frozenset[spl
 
 The unit is the (concept, style) pair with all its skin tones: {len(component_of):,} pairs, {len(chosen):,} of them
 ({len(chosen) / max(1, len(component_of)):.1%}) held out. Every held-out pair's concept is in the training part in at
-least {split.MIN_OTHER_STYLES} other styles, so the held-out part asks for known things in a style they were not seen in.
+least {split.MIN_OTHER_STYLES} other styles, so the held-out part asks for known things in a style not seen of them.
 
 Near-twins are on one side of the split together. Twins are: two pictures of which 256-bit difference hashes (16x16)
 differ in at most {split.HASH_DISTANCE} bits and 16x16 RGB thumbnails by at most {split.COLOUR_DISTANCE:g} levels of 255
@@ -144,8 +144,7 @@ def _left_out_section(done: Mapping[str, Stage]) -> str:
         "are drawn in one style only.\n"
         "- Fluent's monochrome set, and all sheets and sizes that repeat a picture.\n"
         "- Second files of a sequence already seen (spelled with another number of zeros), and files whose name leads "
-        "to no known emoji:\n\n"
-        + _table(["style", "own extras", "repeated", "not recognised", "which"], lines)
+        "to no known emoji:\n\n" + _table(["style", "own extras", "repeated", "not recognised", "which"], lines)
     )
 
 
@@ -154,8 +153,8 @@ def _licence_section() -> str:
     return (
         "## Sources and licences\n\n"
         + _table(["package", "gives", "licence", "attribution"], lines)
-        + "\nIn `@lobehub/fluent-emoji-3d` the skin tones medium-light and medium are exchanged in nearly all file names "
-        "(and one emoji's run from dark to light); here they are put right.\n"
+        + "\nIn `@lobehub/fluent-emoji-3d` the skin tones medium-light and medium are exchanged in nearly all file "
+        "names (and one emoji's run from dark to light); here they are put right.\n"
         "\nThe pictures were rendered at 64x64 on white and are otherwise unchanged. Each stays under its own "
         "licence; what is derived from OpenMoji's pictures is shared alike (CC BY-SA 4.0).\n"
     )

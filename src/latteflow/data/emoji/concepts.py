@@ -22,6 +22,8 @@ VARIATION = "fe0f"
 
 _HEX = re.compile(r"[0-9a-f]{1,6}")
 
+_SPOKEN = {"\N{RIGHT SINGLE QUOTATION MARK}": "", "'": "", "&": " and ", "#": " hash ", "*": " asterisk "}
+
 # The longest ending first: "-medium-light" also ends in "-light".
 _TONE_ENDINGS = ("-medium-light", "-medium-dark", "-light", "-medium", "-dark", "-default")
 
@@ -82,7 +84,8 @@ def normalise_name(name: str) -> str:
     """``name`` as lower-case ASCII words joined by '-', so that spellings of different sources meet."""
     flat = unicodedata.normalize("NFKD", name.lower())
     flat = "".join(char for char in flat if not unicodedata.combining(char))
-    flat = flat.replace("’", "").replace("'", "").replace("&", " and ").replace("#", " hash ").replace("*", " asterisk ")
+    for char, words in _SPOKEN.items():
+        flat = flat.replace(char, words)
     return re.sub(r"[^a-z0-9]+", "-", flat).strip("-")
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 SIZE = 64
 """Width and height of every picture, in pixels."""
 
-# SVG filters may work on "hard" (not smoothed) alpha, as Fluent's shadings do: drawn at 64 pixels their edges are jagged.
+# SVG filters may work on "hard" (not smoothed) alpha, as Fluent's shadings do: drawn at 64 pixels, edges are jagged.
 _FILTER_DETAIL = 4
 
 _WHITE = (255, 255, 255, 255)

@@ -20,7 +20,7 @@ HASH_SIDE = 16
 """The hash has one bit per cell of a 16x16 grid (256 bits), the colour check one RGB value per cell."""
 
 HASH_STEP = 2.0
-"""Grey levels (of 255) a cell must exceed its left neighbour by to set its bit: flat areas then hash to 0, not noise."""
+"""Grey levels (of 255) a cell must exceed its left neighbour by to set its bit: flat areas hash to 0, not to noise."""
 
 HASH_DISTANCE = 20
 """Bits of 256 two twins may differ in.

@@ -1,4 +1,4 @@
-"""The embedded model's backbone: transformers' Qwen2-VL classes at a hundredth of the size, with a tokenizer of its own.
+"""The embedded model's backbone: transformers' Qwen2-VL at a hundredth of the size, with its own tokenizer.
 
 [D] The chat template is Qwen2-VL's idea at three tokens a turn: the embedded model reads short sentences, and every
 token is paid for in each layer.
@@ -91,7 +91,10 @@ def small_backbone(
     """
     half = hidden_size // num_heads // 2
     spatial = half * 3 // 8
-    token_id = tokenizer.convert_tokens_to_ids
+
+    def token_id(token: str) -> int:
+        return int(tokenizer.convert_tokens_to_ids(token))  # type: ignore[arg-type]
+
     config = Qwen2VLConfig(
         text_config={
             "vocab_size": len(tokenizer),

@@ -1,0 +1,5 @@
+"""``python -m latteflow``."""
+
+from latteflow.cli.main import main
+
+main()

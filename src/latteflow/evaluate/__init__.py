@@ -1,0 +1,1 @@
+"""Measurements: what a model costs, and how good it is."""

@@ -1,0 +1,133 @@
+"""What the embedded model can do, on held-out (concept, style) pairs that no stage has seen.
+
+[D] Until a separate judge exists, drawings are judged by the model's own understanding: "drawn, then asked". Its
+answers about real pictures of the same pairs stand beside, as the ceiling.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from latteflow.data import prompts
+from latteflow.data.captioned import CaptionedImages, load_captioned_images
+from latteflow.errors import UserError
+from latteflow.models.answers import greedy_answers
+from latteflow.pipeline import LatteFlowPipeline
+from latteflow.train.autoencoder import mean_psnr
+
+_AT_ONCE = 64
+
+
+def evaluate_embedded(
+    pipe: LatteFlowPipeline,
+    model_folder: Path,
+    data: Path,
+    *,
+    drawings: int = 256,
+    steps: int = 40,
+    guidance_scale: float = 4.0,
+    seeds: Sequence[int] = (0, 1, 2),
+    watch: Callable[[str], None] = lambda message: None,
+) -> dict[str, Any]:
+    """Measure reconstruction, understanding, and what drawings are taken for.
+
+    Args:
+        pipe: the model.
+        model_folder: where its ``recipe.json`` lies: it says which pictures the model was trained for.
+        data: the folder that ``latteflow data emoji`` wrote.
+        drawings: held-out prompts to draw, spread evenly.
+        steps: network calls a drawing.
+        guidance_scale: of the drawings.
+        seeds: one set of drawings each; figures are given as mean, lowest and highest over them.
+        watch: told what is being measured.
+
+    Raises:
+        UserError: no recipe, or no data set.
+    """
+    heldout = load_captioned_images(data, "heldout", **_filters(model_folder))
+    watch(f"{len(heldout)} held-out pictures")
+    results: dict[str, Any] = {
+        "conditions": {
+            "device": str(pipe.device),
+            "dtype": str(pipe.transformer.dtype).removeprefix("torch."),
+            "heldout_pictures": len(heldout),
+            "drawings": min(drawings, len(heldout)),
+            "steps": steps,
+            "guidance_scale": guidance_scale,
+            "seeds": list(seeds),
+            "scheduler": type(pipe.scheduler).__name__,
+        }
+    }
+    watch("autoencoder")
+    results["autoencoder_psnr_db"] = mean_psnr(pipe.vae, heldout, pipe.device)
+    watch("understanding of real pictures")
+    results["understanding"] = _shares(pipe, heldout, heldout.pictures(range(len(heldout))))
+    results["most_common_answer"] = {
+        name: max(Counter(wanted).values()) / len(wanted) for name, _, wanted in _questions(heldout)
+    }
+    part = heldout.spread(drawings)
+    results["understanding_of_the_same_pairs"] = _shares(pipe, part, part.pictures(range(len(part))))
+    runs = []
+    for seed in seeds:
+        watch(f"drawings of seed {seed}")
+        runs.append(_shares(pipe, part, _draw(pipe, part, steps, guidance_scale, seed)))
+    results["drawn_then_asked"] = {
+        name: {
+            "mean": sum(run[name] for run in runs) / len(runs),
+            "lowest": min(run[name] for run in runs),
+            "highest": max(run[name] for run in runs),
+        }
+        for name in runs[0]
+    }
+    return results
+
+
+def _filters(model_folder: Path) -> dict[str, Any]:
+    """Return which pictures the model was trained for, as its recipe says."""
+    file = model_folder / "recipe.json"
+    if not file.is_file():
+        raise UserError(f"{model_folder} holds no recipe.json: only models that `latteflow train` wrote are evaluated")
+    data = json.loads(file.read_text())["data"]
+    return {key: data[key] for key in ("leave_out_groups", "leave_out_subgroups", "styles", "skin_tones")}
+
+
+def _questions(images: CaptionedImages) -> list[tuple[str, str, list[str]]]:
+    return [
+        ("concept", prompts.WHAT, [record.label for record in images.records]),
+        ("style", prompts.WHICH_STYLE, [record.style for record in images.records]),
+        ("category", prompts.WHICH_CATEGORY, [record.group for record in images.records]),
+    ]
+
+
+def _shares(pipe: LatteFlowPipeline, images: CaptionedImages, pictures: Sequence[Image.Image]) -> dict[str, float]:
+    """Return the share of exact answers about ``pictures``, which show (or should show) ``images``."""
+    shares = {}
+    for name, question, wanted in _questions(images):
+        answers: list[str] = []
+        for start in range(0, len(pictures), _AT_ONCE):
+            some = pictures[start : start + _AT_ONCE]
+            answers += greedy_answers(
+                pipe.backbone, pipe.processor, some, question, max_new_tokens=prompts.ANSWER_TOKENS
+            )
+        shares[name] = prompts.exact_share(answers, wanted)
+    return shares
+
+
+def _draw(
+    pipe: LatteFlowPipeline, images: CaptionedImages, steps: int, guidance_scale: float, seed: int
+) -> list[Image.Image]:
+    """Return one drawing of each picture's canonical caption; picture i of a seed starts from noise of its own."""
+    captions = [prompts.canonical_caption(record) for record in images.records]
+    drawn: list[Image.Image] = []
+    for start in range(0, len(captions), _AT_ONCE):
+        some = captions[start : start + _AT_ONCE]
+        generator = torch.Generator().manual_seed(seed * 1_000_000 + start)
+        drawn += pipe(some, num_inference_steps=steps, guidance_scale=guidance_scale, generator=generator).images
+    return drawn
