@@ -48,3 +48,9 @@ def saved_pipeline(tmp_path_factory):
     folder = tmp_path_factory.mktemp("toy-model")
     toys.toy_pipeline().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def parts(tmp_path_factory):
+    """Folder with the frozen parts of the generator stage."""
+    return toys.save_parts(tmp_path_factory.mktemp("parts"))

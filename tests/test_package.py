@@ -207,14 +207,11 @@ def test_everything_needed_to_run_is_pinned_on_the_newest_python(line):
     assert pin_of(Requirement(line).name, PYTHONS[-1]) is not None
 
 
-@pytest.mark.parametrize("pin", PINS, ids=str)
+@pytest.mark.parametrize("pin", [pin for pin in PINS if pin.marker is None or pin.marker.evaluate()], ids=str)
 def test_pins_can_be_installed_on_every_python_we_promise(pin):
-    try:
-        installed = importlib.metadata.metadata(pin.name)
-    except importlib.metadata.PackageNotFoundError:
-        pytest.skip("not installed here")
-    if installed["Version"].split("+")[0] != only_version(pin):
-        pytest.skip("another version is installed here")
+    # What a version needs is known of the versions that are here: those pinned for this Python.
+    installed = importlib.metadata.metadata(pin.name)
+    assert installed["Version"].split("+")[0] == only_version(pin)
     wanted = [v for v in PYTHONS if pin.marker is None or pin.marker.evaluate({"python_version": v})]
     needs = SpecifierSet(installed["Requires-Python"] or "")
     assert [version for version in wanted if f"{version}.99" not in needs] == [], f"{pin} needs Python {needs}"

@@ -177,3 +177,58 @@ def write_rows(file: Path, rows: list[dict[str, Any]]) -> None:
         + [("skin_tone", text), ("codepoints", text), ("twins", pa.int64())]
     )
     parquet.write_table(pa.Table.from_pylist(rows, schema=schema), file)
+
+
+def toy_recipe(stage: str, output: Path, data: Path, *, parts: Path | None = None, **train: Any) -> dict[str, Any]:
+    """A recipe of seconds as plain values; ``parts`` holds the frozen parts of the generator stage."""
+    settings: dict[str, Any] = {
+        "steps": 20,
+        "batch_size": 6,
+        "learning_rate": 3e-3,
+        "warmup_steps": 2,
+        "mixed_precision": "no",
+        "log_every": 5,
+        "preview_every": 10,
+        "checkpoint_every": 10,
+        "tracker": "none",
+        "cpu_threads": 1,
+    }
+    sections: dict[str, dict[str, Any]] = {
+        "autoencoder": {"latent_channels": 4, "widths": [8, 8, 16, 16], "layers": [0, 1, 1, 1]},
+        "backbone": {
+            "vocabulary": 320,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_layers": 2,
+            "num_heads": 2,
+            "num_key_value_heads": 1,
+            "vision_depth": 1,
+            "vision_width": 32,
+            "vision_heads": 2,
+            "patch_size": PATCH,
+        },
+        "generator": {
+            "autoencoder": f"{parts}/autoencoder",
+            "backbone": f"{parts}/backbone",
+            "num_groups": 2,
+            "time_embedding_size": 16,
+            "captions_per_image": 2,
+            "preview_prompts": ["a red circle, solid style"],
+        },
+    }
+    return {
+        "stage": stage,
+        "output": str(output),
+        "data": {"path": str(data)},
+        "train": {**settings, **train},
+        stage: sections[stage],
+    }
+
+
+def save_parts(folder: Path) -> Path:
+    """Write a toy autoencoder, and a toy backbone with its processor, as the first two stages leave them."""
+    tokenizer = toy_tokenizer()
+    toy_vae().save_pretrained(folder / "autoencoder")
+    toy_backbone(tokenizer).save_pretrained(folder / "backbone")
+    toy_processor(tokenizer).save_pretrained(folder / "backbone")
+    return folder

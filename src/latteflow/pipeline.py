@@ -136,21 +136,46 @@ class LatteFlowPipeline(DiffusionPipeline):
         self._check(prompts, height, width, num_inference_steps, guidance_scale, num_images_per_prompt, output_type)
         if not set(callback_on_step_end_tensor_inputs) <= set(self._callback_tensor_inputs):
             raise UserError(f"callback_on_step_end_tensor_inputs can hold {list(self._callback_tensor_inputs)} only")
-        number = len(prompts) * num_images_per_prompt
         self._interrupt = False
 
         # The context: the backbone reads each prompt once.
-        guided = guidance_scale != 1.0
-        context = self.encode_prompt(prompts).repeat_interleave(num_images_per_prompt)
-        if guided:
-            unconditional = self._encode_negative(negative_prompt, len(prompts)).repeat_interleave(
-                num_images_per_prompt
-            )
-            context = concatenate([unconditional, context])
+        context = self._context(prompts, negative_prompt, num_images_per_prompt, guided=guidance_scale != 1.0)
 
         # The path from noise to data: one expert a step.
-        x_t = self._initial_noise(number, height, width, generator, latents)
+        x_t = self._initial_noise(len(prompts) * num_images_per_prompt, height, width, generator, latents)
         set_schedule(self.scheduler, num_inference_steps, device=x_t.device)
+        x_t = self._solve(x_t, context, guidance_scale, callback_on_step_end)
+
+        # The decoder.
+        images = x_t if output_type == "latent" else self.decode(x_t, output_type)
+        self.maybe_free_model_hooks()
+        output = ImagePipelineOutput(images=images)  # type: ignore[arg-type]
+        return output if return_dict else output.to_tuple()  # type: ignore[return-value]
+
+    def _context(
+        self,
+        prompts: Sequence[str],
+        negative_prompt: str | Sequence[str] | None,
+        num_images_per_prompt: int,
+        *,
+        guided: bool,
+    ) -> Context:
+        """Return the context of every picture; with guidance, the unconditional (or negative) half stands first."""
+        context = self.encode_prompt(prompts)
+        if guided:
+            # Picture i of either half has to stand at i of that half, so repeating comes before joining.
+            halves = (self._encode_negative(negative_prompt, len(prompts)), context)
+            return concatenate([half.repeat_interleave(num_images_per_prompt) for half in halves])
+        return context.repeat_interleave(num_images_per_prompt)
+
+    def _solve(
+        self,
+        x_t: torch.Tensor,
+        context: Context,
+        guidance_scale: float,
+        callback: Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]] | None,
+    ) -> torch.Tensor:
+        """Go from noise to data on the scheduler's grid; stop early where a callback asks for it."""
         times = schedule_times(self.scheduler)
         with self.progress_bar(total=len(times)) as progress:
             for step, (timestep, t) in enumerate(zip(self.scheduler.timesteps, times, strict=True)):
@@ -158,15 +183,10 @@ class LatteFlowPipeline(DiffusionPipeline):
                     break
                 v = self._velocity(x_t, t, context, guidance_scale)
                 x_t = self.scheduler.step(model_output_of_velocity(v), timestep, x_t, return_dict=False)[0]
-                if callback_on_step_end is not None:
-                    x_t = callback_on_step_end(self, step, timestep, {"latents": x_t}).get("latents", x_t)
+                if callback is not None:
+                    x_t = callback(self, step, timestep, {"latents": x_t}).get("latents", x_t)
                 progress.update()
-
-        # The decoder.
-        images = x_t if output_type == "latent" else self.decode(x_t, output_type)
-        self.maybe_free_model_hooks()
-        output = ImagePipelineOutput(images=images)  # type: ignore[arg-type]
-        return output if return_dict else output.to_tuple()  # type: ignore[return-value]
+        return x_t
 
     def _velocity(self, x_t: torch.Tensor, t: float, context: Context, guidance_scale: float) -> torch.Tensor:
         """Return the guided velocity; ``context`` holds the unconditional half first where there is guidance."""

@@ -108,7 +108,7 @@ def test_people_of_two_tones_have_the_concept_of_the_pair() -> None:
         "hexcode": "1F91D",
         "group": 0,
         "subgroup": 0,
-        "skins": [{"hexcode": "1F91D-1F3FB"}, {"hexcode": "1FAF1-1F3FB-200D-1FAF2-1F3FC"}],
+        "skins": [{"hexcode": "1F91D-1F3FC"}, {"hexcode": "1F91D-1F3FD"}, {"hexcode": "1FAF1-1F3FB-200D-1FAF2-1F3FC"}],
     }
     table = table_of([pair])
     mixed = table.recognise("1FAF1-1F3FB-200D-1FAF2-1F3FC")
@@ -116,6 +116,9 @@ def test_people_of_two_tones_have_the_concept_of_the_pair() -> None:
     assert (mixed.concept, mixed.skin_tone) == ("1f91d", "mixed")
     # Couples are named rightly in the package that has medium and medium-light exchanged elsewhere.
     assert mend_fluent_3d(mixed, table) == mixed
+    both = table.recognise("1F91D-1F3FC")
+    assert both is not None
+    assert mend_fluent_3d(both, table) == both
 
 
 def test_the_tones_of_fluent_3d_are_mended() -> None:

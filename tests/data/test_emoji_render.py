@@ -74,3 +74,10 @@ def test_png_is_the_same_twice_and_loses_nothing() -> None:
     assert data == encode_png(image.copy())
     with Image.open(io.BytesIO(data)) as back:
         assert np.array_equal(np.asarray(back), np.asarray(image))
+
+
+def test_tall_svg_is_drawn_at_its_final_size() -> None:
+    text = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 8 16"><rect x="2" y="4" width="4" height="8"/></svg>'
+    found = render_svg(text.encode())
+    # Drawn larger and scaled down, its edges would ring.
+    assert {color for _, color in found.getcolors() or []} == {(0, 0, 0), (255, 255, 255)}

@@ -40,18 +40,25 @@ def test_the_same_shape_in_another_colour_is_no_twin() -> None:
     assert split.twin_pairs(hashes, thumbs).tolist() == []
 
 
+def test_another_pattern_in_the_same_colours_is_no_twin() -> None:
+    pixels = (noise(2) // 32 + 124).astype(np.uint8)
+    hashes, thumbs = hashed(pixels)
+    assert np.abs(thumbs[0] - thumbs[1]).mean() < split.COLOUR_DISTANCE
+    assert split.twin_pairs(hashes, thumbs).tolist() == []
+
+
 def test_flat_areas_hash_to_nothing_whatever_their_noise() -> None:
     flat = np.full((1, 64, 64, 3), 200, dtype=np.uint8)
-    flat[0, ::2] += 1
+    flat[0, :, 4:8] += 1
     assert not hashed(flat)[0].any()
 
 
 def test_pairs_are_found_across_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     pixels = noise(23)
-    pixels[22] = pixels[1]
+    pixels[22] = pixels[11]
     whole = split.twin_pairs(*hashed(pixels)).tolist()
     monkeypatch.setattr(split, "_BLOCK", 5)
-    assert split.twin_pairs(*hashed(pixels)).tolist() == whole == [[1, 22]]
+    assert split.twin_pairs(*hashed(pixels)).tolist() == whole == [[11, 22]]
 
 
 def test_components_join_transitively_and_by_family() -> None:

@@ -17,7 +17,8 @@ def pictures(number=2, height=32, width=32):
 
 
 @pytest.mark.parametrize(
-    ("widths", "layers", "factor"), [((8, 16), (0, 1), 2), ((8, 8, 16), (1, 1, 2), 4), ((8, 8, 16, 16), (0, 1, 1, 1), 8)]
+    ("widths", "layers", "factor"),
+    [((8, 16), (0, 1), 2), ((8, 8, 16), (1, 1, 2), 4), ((8, 8, 16, 16), (0, 1, 1, 1), 8)],
 )
 def test_shrinks_by_two_a_stage(widths, layers, factor):
     vae = small_autoencoder(latent_channels=4, widths=widths, layers=layers)
@@ -30,9 +31,7 @@ def test_shrinks_by_two_a_stage(widths, layers, factor):
 def test_statistics_make_latents_neutral():
     vae = toy_vae()
     raw = encode_pictures(vae, NEUTRAL, pictures(16))
-    statistics = SimpleNamespace(
-        latents_mean=raw.mean((0, 2, 3)).tolist(), latents_std=raw.std((0, 2, 3)).tolist()
-    )
+    statistics = SimpleNamespace(latents_mean=raw.mean((0, 2, 3)).tolist(), latents_std=raw.std((0, 2, 3)).tolist())
     latents = encode_pictures(vae, statistics, pictures(16))
     torch.testing.assert_close(latents.mean((0, 2, 3)), torch.zeros(4), rtol=0, atol=1e-4)
     torch.testing.assert_close(latents.std((0, 2, 3)), torch.ones(4), rtol=0, atol=1e-4)
@@ -46,9 +45,7 @@ def test_decoding_undoes_what_encoding_scaled():
     latents = encode_pictures(vae, statistics, pictures())
     mean, std = torch.tensor([statistics.latents_mean, statistics.latents_std])[:, None, :, None, None]
     torch.testing.assert_close(latents, (raw * 0.3 - mean) / std)
-    torch.testing.assert_close(
-        decode_latents(vae, statistics, latents), vae.decode(raw).sample, rtol=0, atol=1e-4
-    )
+    torch.testing.assert_close(decode_latents(vae, statistics, latents), vae.decode(raw).sample, rtol=0, atol=1e-4)
     assert not torch.allclose(decode_latents(vae, NEUTRAL, latents), vae.decode(raw).sample, atol=1e-2)
 
 

@@ -46,6 +46,8 @@ def test_scores_depend_on_differences_of_positions_only():
     query, key = torch.randn(2, 1, 1, 4, 16, generator=seeded(), dtype=torch.float64)
     scores = []
     for start in (0, 40):
-        cos, sin = rotary_cos_sin(grid_positions(torch.tensor([start]), 2, 2), head_dim=16, theta=1e4, sections=(2, 3, 3))
+        cos, sin = rotary_cos_sin(
+            grid_positions(torch.tensor([start]), 2, 2), head_dim=16, theta=1e4, sections=(2, 3, 3)
+        )
         scores.append(rotate(query, cos, sin) @ rotate(key, cos, sin).mT)
     torch.testing.assert_close(scores[0], scores[1], rtol=0, atol=1e-4)  # angles are float32

@@ -78,15 +78,12 @@ def evaluate_embedded(
     for seed in seeds:
         watch(f"drawings of seed {seed}")
         runs.append(_shares(pipe, part, _draw(pipe, part, steps, guidance_scale, seed)))
-    results["drawn_then_asked"] = {
-        name: {
-            "mean": sum(run[name] for run in runs) / len(runs),
-            "lowest": min(run[name] for run in runs),
-            "highest": max(run[name] for run in runs),
-        }
-        for name in runs[0]
-    }
+    results["drawn_then_asked"] = {name: _spread([run[name] for run in runs]) for name in runs[0]}
     return results
+
+
+def _spread(figures: Sequence[float]) -> dict[str, float]:
+    return {"mean": sum(figures) / len(figures), "lowest": min(figures), "highest": max(figures)}
 
 
 def _filters(model_folder: Path) -> dict[str, Any]:

@@ -41,6 +41,13 @@ class Context:
         """Return the context of prompts ``index``, int64 or bool (B,)."""
         return Context(self.keys[index], self.values[index], self.mask[index], self.next_position[index])
 
+    def trim(self) -> Context:
+        """Return the context without the columns at the end that are padding in every prompt."""
+        longest = int(self.mask.sum(-1).max())
+        return Context(
+            self.keys[..., :longest, :], self.values[..., :longest, :], self.mask[:, :longest], self.next_position
+        )
+
     def repeat_interleave(self, times: int) -> Context:
         """Return the context with each prompt ``times`` times in a row."""
         return self.select(torch.arange(len(self), device=self.mask.device).repeat_interleave(times))

@@ -14,6 +14,8 @@ import torch
 from PIL import Image
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
+from latteflow.errors import UserError
+
 IMAGE_TOKEN = "<|image_pad|>"
 VISION_START_TOKEN = "<|vision_start|>"
 VISION_END_TOKEN = "<|vision_end|>"
@@ -51,12 +53,15 @@ class LatteFlowProcessor(ProcessorMixin):
             padding_side: where shorter prompts of a batch are padded.
 
         Raises:
-            ValueError: the prompts hold another number of pictures than were given.
+            UserError: the prompts hold another number of pictures than were given.
         """
         prompts = [text] if isinstance(text, str) else list(text)
         images = list(images or ())
         if sum(prompt.count(IMAGE_TOKEN) for prompt in prompts) != len(images):
-            raise ValueError(f"the prompts name another number of pictures than the {len(images)} given")
+            raise UserError(
+                f"the prompts name another number of pictures ({IMAGE_TOKEN}) than the {len(images)} given: "
+                "leave the token out of your words"
+            )
         vision: dict[str, torch.Tensor] = {}
         if images:
             vision = dict(self.image_processor(images=images, return_tensors="pt"))

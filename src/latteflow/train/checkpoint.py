@@ -10,9 +10,11 @@ import json
 import os
 import shutil
 from pathlib import Path
+from pickle import PickleError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from latteflow.errors import UserError
@@ -63,8 +65,9 @@ def load_checkpoint(folder: Path) -> tuple[int, dict[str, torch.Tensor], dict[st
         model = load_file(folder / "model.safetensors")
         ema = load_file(folder / "ema.safetensors")
         optimizer = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
-    except (OSError, ValueError, KeyError, RuntimeError, EOFError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError, PickleError, SafetensorError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"checkpoint {folder} cannot be read ({error}): delete it to resume from the one before"
+            f"checkpoint {folder} cannot be read ({reason}): delete it to resume from the one before"
         ) from error
     return step, model, ema, optimizer

@@ -6,12 +6,14 @@ once, and a step runs the replica alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderDC
 from PIL import Image
+from safetensors import SafetensorError
 from torch import nn
 from transformers import Qwen2VLForConditionalGeneration
 
@@ -84,7 +86,7 @@ class GeneratorStage:
         dropped = torch.rand(len(index), generator=generator) < settings.prompt_dropout
         # The empty prompt's context stands behind all others.
         which = torch.where(dropped, len(self.contexts) - 1, index * settings.captions_per_image + caption)
-        context = self.contexts.select(which.to(self.device))
+        context = self.contexts.select(which.to(self.device)).trim()
         return self._flow_loss(model, self.latents[index.to(self.device)], context, generator)
 
     def _flow_loss(
@@ -122,7 +124,7 @@ class GeneratorStage:
         """Return four pictures for each preview prompt, a row a prompt."""
         pictures: torch.Tensor = self.pipe(
             list(self.settings.preview_prompts),
-            num_inference_steps=20 - 20 % self.settings.num_groups,
+            num_inference_steps=max(1, 20 // self.settings.num_groups) * self.settings.num_groups,
             guidance_scale=self.settings.guidance_scale,
             num_images_per_prompt=4,
             generator=torch.Generator().manual_seed(0),
@@ -171,11 +173,23 @@ def _load_autoencoder(folder: str) -> AutoencoderDC:
         raise UserError(
             f"no autoencoder in {folder}: train one with `latteflow train recipes/emoji-64/autoencoder.yaml`"
         )
-    return AutoencoderDC.from_pretrained(folder).requires_grad_(False).eval()
+    with _intact("autoencoder", folder):
+        return AutoencoderDC.from_pretrained(folder).requires_grad_(False).eval()
 
 
 def _load_backbone(folder: str) -> tuple[Qwen2VLForConditionalGeneration, LatteFlowProcessor]:
     if not (Path(folder) / "config.json").is_file():
         raise UserError(f"no backbone in {folder}: train one with `latteflow train recipes/emoji-64/backbone.yaml`")
-    backbone = Qwen2VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-    return backbone.requires_grad_(False).eval(), LatteFlowProcessor.from_pretrained(folder)
+    with _intact("backbone", folder):
+        backbone = Qwen2VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+        return backbone.requires_grad_(False).eval(), LatteFlowProcessor.from_pretrained(folder)
+
+
+@contextmanager
+def _intact(part: str, folder: str) -> Iterator[None]:
+    """Name the part and its folder where its files cannot be read."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{part} {folder} cannot be loaded ({reason}): train it anew") from error

@@ -130,11 +130,11 @@ class _Run:
             at_log = last or done % self.settings.log_every == 0
             at_preview = last or done % self.settings.preview_every == 0
             if last or done % self.settings.checkpoint_every == 0:
-                _require_finite(loss, done)
+                _require_finite(loss, figures["gradient_norm"], done)
                 self._save(done)
             if not (at_log or at_preview):
                 continue
-            _require_finite(loss, done)
+            _require_finite(loss, figures["gradient_norm"], done)
             logged: dict[str, float] = {name: float(value) for name, value in figures.items()}
             logged["learning_rate"] = float(self.schedule.get_last_lr()[0])
             if at_preview:
@@ -201,9 +201,12 @@ class _Run:
             self.ema.restore(parameters)
 
 
-def _require_finite(loss: torch.Tensor, step: int) -> None:
-    if not torch.isfinite(loss):
-        raise TrainingDiverged(f"the loss of step {step} is {loss.item()}: lower train.learning_rate")
+def _require_finite(loss: torch.Tensor, gradient_norm: torch.Tensor, step: int) -> None:
+    if not (torch.isfinite(loss) and torch.isfinite(gradient_norm)):
+        raise TrainingDiverged(
+            f"step {step}: the loss is {loss.item()}, its gradient's norm {gradient_norm.item()}; "
+            "lower train.learning_rate"
+        )
 
 
 def _decay_groups(parameters: Iterable[torch.nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:

@@ -24,6 +24,7 @@ from pydantic import (
     TypeAdapter,
     ValidationError,
 )
+from yaml import YAMLError
 
 from latteflow.errors import UserError
 
@@ -190,7 +191,7 @@ def load_recipe(
         if extra.pop("smoke", False):
             config = OmegaConf.merge(config, smoke)
         values = OmegaConf.to_container(OmegaConf.merge(config, extra), resolve=True)
-    except (OmegaConfBaseException, OSError, ValueError) as error:
+    except (OmegaConfBaseException, YAMLError, OSError, ValueError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path} cannot be read as a recipe: {_first_line(error)}") from error
