@@ -96,11 +96,13 @@ def test_the_wanted_part_is_held_out_when_it_can_be() -> None:
     assert len(split.held_out(component_of)) == 50
 
 
-def test_large_components_are_trained_on() -> None:
+def test_large_components_are_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
     component_of = {(f"c{i:03d}", style): 5 * i + j for i in range(100) for j, style in enumerate(STYLES)}
-    family = {(f"c{i:03d}", "a") for i in range(10)}
-    component_of.update(dict.fromkeys(family, 9999))
-    assert not family & split.held_out(component_of, 0.5)
+    families = {(f"c{i:03d}", "a"): 9000 + i // 10 for i in range(100)}
+    component_of.update(families)
+    assert not families.keys() & split.held_out(component_of, 0.5)
+    monkeypatch.setattr(split, "HELD_OUT_COMPONENT", 1.0)
+    assert families.keys() & split.held_out(component_of, 0.5)
 
 
 def test_a_split_that_breaks_its_promises_is_refused() -> None:

@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 from diffusers import AutoencoderDC
+from pydantic import TypeAdapter
 from safetensors.torch import load_file
 from transformers import Qwen2VLForConditionalGeneration
 
@@ -22,7 +23,6 @@ from latteflow.train.checkpoint import checkpoint_folders
 from latteflow.train.generator import GeneratorStage
 from latteflow.train.loop import train
 from latteflow.train.recipe import AutoencoderSection, BackboneSection, GeneratorSection, Recipe
-from pydantic import TypeAdapter
 from toys import seeded, shake, toy_recipe
 
 STAGES = ["autoencoder", "backbone", "generator"]
@@ -128,12 +128,12 @@ def test_the_backbone_learns_a_batch_by_heart_and_is_exported(tmp_path, toy_set)
                        preview_every=100, checkpoint_every=100)  # fmt: skip
     images = load_captioned_images(toy_set, "train", styles=["solid"])
     images = CaptionedImages(images.pixels[:6], images.records[:6])
-    section = recipe.backbone.model_copy(update={"augment": False, "text_share": 0.0, "turns": 1})
+    once = {"augment": False, "text_share": 0.0, "turns": 1, "conversation_share": 1.0, "class_weight": 0.0}
+    section = recipe.backbone.model_copy(update=once)
     torch.manual_seed(0)
     stage = BackboneStage(section, images, images)
     seen = []
     final = train(recipe, stage, watch=seen.append)
-    print([s.loss for s in seen])
     assert seen[-1].loss < 0.1
     assert seen[-1].figures["validation/concept"] == 1.0
     loaded = Qwen2VLForConditionalGeneration.from_pretrained(final)
@@ -156,7 +156,6 @@ def test_the_generator_learns_a_batch_and_draws(tmp_path, toy_set, parts):
     before = fixed_loss(stage)
     final = train(recipe, stage)
     assert before > 1.5  # a fresh replica predicts velocity zero: noise and data both have spread 1
-    print(before, fixed_loss(stage))
     assert fixed_loss(stage) < 0.4 * before
 
     for name, tensor in (*stage.pipe.backbone.state_dict().items(), *stage.vae.state_dict().items()):
@@ -298,19 +297,44 @@ def test_a_generator_that_cannot_be_built_is_refused(tmp_path, toy_set, parts, c
 
 def test_the_backbones_loss_sees_pictures_and_words(toy_set):
     images = load_captioned_images(toy_set, "train")
-    section = BackboneSection(**toy_recipe("backbone", toy_set, toy_set)["backbone"], text_share=0.5)
+    settings = {**toy_recipe("backbone", toy_set, toy_set)["backbone"], "text_share": 0.5, "conversation_share": 0.5}
     torch.manual_seed(0)
-    stage = BackboneStage(section, images, images)
-    patches = []
-    stage.model.model.visual.register_forward_hook(lambda module, given, out: patches.append(len(given[0]) // 16))
-    loss, _ = stage.loss(stage.model, torch.arange(12), generator_of(0))
-    assert 1 <= patches[0] < 12  # some sequences are words alone
+    stage = BackboneStage(BackboneSection(**settings), images, images)
+    shown = []
+    stage.model.register_forward_hook(lambda module, given, out: shown.append((len(given[1]), len(given[2]))))
+    loss, figures = stage.loss(stage.model, torch.arange(12), generator_of(0))
+    pictures, talked_about = shown[0]
+    assert pictures == 12  # all are classified
+    assert 1 <= talked_about < 6  # half are talked about, and some conversations are words alone
+    assert loss.item() == pytest.approx(sum(value.item() for value in figures.values()))
     loss.backward()
-    assert all(p.grad is not None for p in stage.model.model.visual.parameters())
+    assert all(p.grad is not None for p in stage.backbone.model.visual.parameters())
     again, _ = stage.loss(stage.model, torch.arange(12), generator_of(0))
     assert torch.equal(again, loss)
     other, _ = stage.loss(stage.model, torch.arange(12), generator_of(1))
     assert not torch.equal(other, loss)
+
+
+def test_the_loss_on_words_is_that_of_transformers(toy_set):
+    images = load_captioned_images(toy_set, "train")
+    settings = {**toy_recipe("backbone", toy_set, toy_set)["backbone"], "text_share": 0.3, "conversation_share": 1.0}
+    torch.manual_seed(0)
+    stage = BackboneStage(BackboneSection(**settings), images, images)
+    given = []
+    stage.model.register_forward_hook(lambda module, inputs, out: given.extend(inputs))
+    _, figures = stage.loss(stage.model, torch.arange(12), generator_of(3))
+    pixel_values, grid, shown, ids, labels = given
+    assert 0 < len(shown) < 12
+    patches = pixel_values.view(len(grid), -1, pixel_values.shape[-1])[shown].flatten(0, 1)
+    theirs = stage.backbone(
+        input_ids=ids,
+        attention_mask=(ids != stage.tokenizer.pad_token_id).long(),
+        mm_token_type_ids=(ids == stage.backbone.config.image_token_id).long(),
+        pixel_values=patches,
+        image_grid_thw=grid[shown],
+        labels=labels,
+    ).loss
+    assert figures["loss/words"].item() == pytest.approx(theirs.item(), rel=1e-5)
 
 
 def test_the_seed_decides_the_first_weights(tmp_path, toy_set):

@@ -110,7 +110,10 @@ def load_captioned_images(
     ]
     if not rows:
         raise UserError(f"no picture of {folder} ({split}) is left after the recipe's filters: loosen them")
-    pixels = np.stack([np.asarray(Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB")) for row in rows])
+    try:
+        pixels = np.stack([np.asarray(Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB")) for row in rows])
+    except (OSError, ValueError, SyntaxError) as error:
+        raise UserError(_broken(folder, error)) from error
     return CaptionedImages(
         pixels=torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(),
         records=tuple(
@@ -121,9 +124,18 @@ def load_captioned_images(
 
 
 def _read_rows(folder: Path, split: str) -> list[dict[str, Any]]:
-    from pyarrow import parquet  # an extra: only training and evaluation on a data set need it
+    # An extra: only training and evaluation on a data set need it.
+    from pyarrow import ArrowException, parquet
 
     files = sorted(folder.glob(f"{split}-*.parquet"))
     if not files:
         raise UserError(f"no data set in {folder} (no {split}-*.parquet): build one with `latteflow data emoji`")
-    return [row for file in files for row in parquet.read_table(file, columns=["image", *_COLUMNS]).to_pylist()]
+    try:
+        return [row for file in files for row in parquet.read_table(file, columns=["image", *_COLUMNS]).to_pylist()]
+    except (ArrowException, OSError) as error:
+        raise UserError(_broken(folder, error)) from error
+
+
+def _broken(folder: str | Path, error: Exception) -> str:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return f"the data set in {folder} cannot be read ({reason}): build it anew"

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 
@@ -59,6 +59,8 @@ def train(recipe: Section, stage: Stage, *, watch: Callable[[Progress], None] = 
     if settings.cpu_threads:
         torch.set_num_threads(settings.cpu_threads)
     accelerator = Accelerator(
+        # Heads, and the layers of a group without samples, may have no gradient in a step.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         mixed_precision=settings.mixed_precision,
         log_with=None if settings.tracker == "none" else settings.tracker,
         project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / "logs")),

@@ -23,6 +23,7 @@ from pydantic import (
     PositiveInt,
     TypeAdapter,
     ValidationError,
+    model_validator,
 )
 from yaml import YAMLError
 
@@ -74,6 +75,12 @@ class TrainSection(Section):
     cpu_threads: PositiveInt | None = None
     """Threads on CPU; left out, PyTorch's own choice."""
 
+    @model_validator(mode="after")
+    def _parts_hold_samples(self) -> TrainSection:
+        if self.gradient_accumulation_steps > self.batch_size:
+            raise ValueError("gradient_accumulation_steps must not exceed batch_size: each part needs a sample")
+        return self
+
 
 class AutoencoderSection(Section):
     """The DC-AE (diffusers ``AutoencoderDC``): one width and block count a stage; each stage but the first halves."""
@@ -101,10 +108,14 @@ class BackboneSection(Section):
     vision_width: PositiveInt = 192
     vision_heads: PositiveInt = 4
     patch_size: PositiveInt = 8
-    turns: PositiveInt = 3
+    turns: Annotated[int, Field(ge=1, le=5)] = 2
     """Questions asked about one picture in one training sequence."""
+    conversation_share: Annotated[float, Field(gt=0, le=1)] = 0.25
+    """Share of a batch's pictures that are talked about; all are classified."""
+    class_weight: NonNegativeFloat = 1.0
+    """Weight of each classification loss (concept, style, group) beside the loss on words. [D]"""
     text_share: Probability = 0.15
-    """Share of sequences without a picture: a loose description to its canonical caption."""
+    """Share of conversations without a picture: a loose description to its canonical caption."""
     augment: bool = True
 
 
