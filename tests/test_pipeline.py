@@ -356,7 +356,8 @@ def test_a_fresh_process_draws_the_same_pixels_and_answers_the_same(pipe, tmp_pa
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert np.array_equal(np.asarray(Image.open(picture)), np.asarray(image))
+    with Image.open(picture) as drawn:
+        assert np.array_equal(np.asarray(drawn), np.asarray(image))
     assert done.stdout.strip("\n") == answer
 
 

@@ -133,7 +133,7 @@ def png_bytes(image: Image.Image) -> bytes:
 
 
 def toy_rows() -> list[dict[str, Any]]:
-    """One row a picture, in the columns of the emoji set: 12 concepts in 3 styles, and a circle of dark tone a style."""
+    """One row a picture, in the columns of the emoji set: 12 concepts in 3 styles, and one of dark tone a style."""
     rows = []
     for style in STYLES:
         for number, (shape, colour) in enumerate((shape, colour) for shape in SHAPES for colour in COLOURS):

@@ -7,6 +7,7 @@ is the order of work: the prompt's context once, then one expert a step, then th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from latteflow.models.autoencoder import decode_latents
 from latteflow.models.context import Context, compute_context, concatenate
 from latteflow.models.embedded import resolve_model
 from latteflow.models.processor import LatteFlowProcessor
+from latteflow.models.saved import require_configs, require_weights
 from latteflow.models.transformer import LatteFlowTransformer
 
 _MOST_STEPS = 1000
@@ -76,9 +78,17 @@ class LatteFlowPipeline(DiffusionPipeline):
         Args:
             pretrained_model_name_or_path: ``emoji-64``, a folder, or a hub id.
             **kwargs: as in diffusers. ``dtype`` is float32 unless given, whatever the file holds.
+
+        Raises:
+            UserError: a local folder lacks the configuration, or weights, of a part.
         """
         kwargs.setdefault("dtype", torch.float32)
-        return super().from_pretrained(resolve_model(str(pretrained_model_name_or_path)), **kwargs)
+        place = resolve_model(str(pretrained_model_name_or_path))
+        require_configs(Path(place), given=kwargs)
+        pipe = super().from_pretrained(place, **kwargs)
+        if not {"backbone", "transformer", "vae", "device_map"} & set(kwargs):
+            require_weights(Path(place), pipe.backbone, pipe.transformer, pipe.vae)
+        return pipe
 
     @property
     def spatial_factor(self) -> int:

@@ -22,7 +22,8 @@ def test_prints_the_answer_and_nothing_else(ask, saved_pipeline, tmp_path, kind)
     outcome = ask(file)
     assert (outcome.code, outcome.err) == (0, "")
     pipe = LatteFlowPipeline.from_pretrained(saved_pipeline)
-    assert outcome.out == pipe.ask(Image.open(file), "What is this?", max_new_tokens=4) + "\n"
+    with Image.open(file) as image:
+        assert outcome.out == pipe.ask(image, "What is this?", max_new_tokens=4) + "\n"
 
 
 def picture(folder):

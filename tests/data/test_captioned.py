@@ -26,8 +26,9 @@ def test_reads_all_shards_in_order(toy_set):
 def test_pictures_and_records_belong_together(toy_set):
     images = load_captioned_images(toy_set, "train")
     for number in (0, 20, 35):
-        colour, shape = images.records[number].label.split()
-        assert images.pictures([number])[0].tobytes() == toy_picture(shape, colour, images.records[number].style).tobytes()
+        record = images.records[number]
+        colour, shape = record.label.split()
+        assert images.pictures([number])[0].tobytes() == toy_picture(shape, colour, record.style).tobytes()
 
 
 def test_batches_are_in_minus_1_to_1(toy_set):

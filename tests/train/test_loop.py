@@ -151,7 +151,7 @@ def test_accumulated_gradients_are_those_of_the_batch(tmp_path, parts):
     train(recipe(tmp_path / "pieces", batch_size=7, gradient_accumulation_steps=parts), pieces)
     assert len(pieces.seen) == parts * len(whole.seen)
     torch.testing.assert_close(pieces.model.weight, whole.model.weight, rtol=0, atol=1e-5)
-    assert [sum(pieces.seen[:parts], [])] == whole.seen[:1]
+    assert [i for part in pieces.seen[:parts] for i in part] == whole.seen[0]
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 _MOST_PIXELS = 64_000_000
 _MOST_ASPECT = 100
+_SIZES = f"at most {_MOST_PIXELS // 10**6} megapixels, no stripes"
 
 
 def ask(
@@ -39,13 +41,16 @@ def _read_picture(file: Path) -> Image.Image:
     if not file.is_file():
         raise UserError(f"no picture {file}: give the path of a PNG, JPEG, WebP, GIF or BMP file")
     try:
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # what is too large is refused in our words
         with Image.open(file, formats=("PNG", "JPEG", "WEBP", "GIF", "BMP")) as picture:
             width, height = picture.size
             if width * height > _MOST_PIXELS or max(width, height) > _MOST_ASPECT * min(width, height):
-                raise UserError(f"{file} is {width}x{height}: at most {_MOST_PIXELS // 10**6} megapixels, no stripes")
+                raise UserError(f"{file} is {width}x{height}: {_SIZES}")
             picture.load()
             return picture.copy()
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:
+        raise UserError(f"{file} is far too large: {_SIZES}") from error
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
         raise UserError(
             f"{file} cannot be read as a picture: give an intact PNG, JPEG, WebP, GIF or BMP file"
         ) from error

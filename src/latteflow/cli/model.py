@@ -66,7 +66,7 @@ def _check_place(model: str, embedded: Iterable[str]) -> None:
     folder = Path(model)
     if model in embedded:
         return
-    if folder.exists():
+    if model and folder.exists():
         if not (folder / "model_index.json").is_file():
             raise UserError(f"{model} holds no model_index.json: a model's folder is what save_pretrained writes")
         return
@@ -85,7 +85,7 @@ def _device(name: str | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).cpu()  # "meta" holds no numbers
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {name!r} is not to be had here: leave --device out, or give cpu") from error
     return device

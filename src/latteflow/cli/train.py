@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from latteflow.errors import UserError
+
 
 def train(
     recipe: Annotated[Path, typer.Argument(help="A recipe, such as recipes/emoji-64/generator.yaml.")],
@@ -20,6 +22,7 @@ def train(
 
     from latteflow.train.build import build_stage
     from latteflow.train.loop import Progress as Step
+    from latteflow.train.loop import TrainingDiverged
     from latteflow.train.loop import train as run
     from latteflow.train.recipe import load_recipe
 
@@ -41,5 +44,8 @@ def train(
                 )
                 console.print(f"step {step.step} ({step.seconds:.0f} s): loss {step.loss:.4f} {shown}", highlight=False)
 
-        final = run(settings, stage, watch=watch)
+        try:
+            final = run(settings, stage, watch=watch)
+        except TrainingDiverged as error:
+            raise UserError(str(error)) from error
     print(f"trained weights: {final}")
