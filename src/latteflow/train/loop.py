@@ -23,7 +23,7 @@ from diffusers.training_utils import EMAModel
 from latteflow.data.loader import batch_indices, generator_of
 from latteflow.errors import UserError
 from latteflow.train.checkpoint import checkpoint_folders, load_checkpoint, save_checkpoint
-from latteflow.train.recipe import Section, TrainSection, resolved
+from latteflow.train.recipe import StageRecipe, TrainSection, resolved
 from latteflow.train.stage import Stage
 
 
@@ -44,7 +44,7 @@ class TrainingDiverged(RuntimeError):
     """The loss is no longer a finite number."""
 
 
-def train(recipe: Section, stage: Stage, *, watch: Callable[[Progress], None] = lambda progress: None) -> Path:
+def train(recipe: StageRecipe, stage: Stage, *, watch: Callable[[Progress], None] = lambda progress: None) -> Path:
     """Train a stage as its recipe says, resuming from the newest checkpoint of the recipe's output folder.
 
     Returns:
@@ -54,8 +54,7 @@ def train(recipe: Section, stage: Stage, *, watch: Callable[[Progress], None] = 
         UserError: a checkpoint does not fit the recipe or cannot be read.
         TrainingDiverged: the loss is not finite; the last checkpoint is left in place.
     """
-    settings: TrainSection = recipe.train  # type: ignore[attr-defined]
-    output = Path(recipe.output)  # type: ignore[attr-defined]
+    settings, output = recipe.train, Path(recipe.output)
     if settings.cpu_threads:
         torch.set_num_threads(settings.cpu_threads)
     accelerator = Accelerator(
@@ -84,7 +83,7 @@ class _Run:
     """One run's moving parts: the stage's model, its optimizer, schedule and averaged weights."""
 
     def __init__(
-        self, accelerator: Accelerator, recipe: Section, settings: TrainSection, output: Path, stage: Stage
+        self, accelerator: Accelerator, recipe: StageRecipe, settings: TrainSection, output: Path, stage: Stage
     ) -> None:
         self.accelerator, self.recipe, self.settings, self.output, self.stage = (
             accelerator,

@@ -146,33 +146,33 @@ class GeneratorSection(Section):
     guidance_scale: float = 3.0
 
 
-class AutoencoderRecipe(Section):
+class StageRecipe(Section):
+    """What the recipes of all stages have."""
+
+    output: str
+    """Folder of checkpoints, previews, logs and the final weights."""
+    data: DataSection = DataSection()
+    train: TrainSection
+
+
+class AutoencoderRecipe(StageRecipe):
     """Stage one: pictures to latents and back."""
 
     stage: Literal["autoencoder"]
-    output: str
-    data: DataSection = DataSection()
-    train: TrainSection
     autoencoder: AutoencoderSection = AutoencoderSection()
 
 
-class BackboneRecipe(Section):
+class BackboneRecipe(StageRecipe):
     """Stage two: a vision-language model that captions and answers."""
 
     stage: Literal["backbone"]
-    output: str
-    data: DataSection = DataSection()
-    train: TrainSection
     backbone: BackboneSection = BackboneSection()
 
 
-class GeneratorRecipe(Section):
+class GeneratorRecipe(StageRecipe):
     """Stage three: the replica, with backbone and autoencoder frozen."""
 
     stage: Literal["generator"]
-    output: str
-    data: DataSection = DataSection()
-    train: TrainSection
     generator: GeneratorSection
 
 
