@@ -15,6 +15,9 @@ from latteflow.cli.info import info
 from latteflow.cli.train import train
 from latteflow.errors import UserError
 
+_EXTRAS = {"accelerate": "train", "peft": "train", "tensorboard": "train", "pyarrow": "data", "datasets": "data"}
+"""Which extra brings a module that only some verbs need."""
+
 app = typer.Typer(
     name="latteflow",
     help="One model that understands pictures and makes them.",
@@ -44,9 +47,15 @@ def _options(
 
 
 def main() -> None:
-    """Run the command; a user's mistake becomes one line on stderr and exit code 2."""
+    """Run the command; a user's mistake, or an extra that is not installed, becomes one line and exit code 2."""
     try:
         app()
     except UserError as error:
         print(f"latteflow: {error}", file=sys.stderr)
+        sys.exit(2)
+    except ModuleNotFoundError as error:
+        extra = _EXTRAS.get((error.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        print(f"latteflow: this needs {error.name}: install it with pip install 'latteflow[{extra}]'", file=sys.stderr)
         sys.exit(2)

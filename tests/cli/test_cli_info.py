@@ -8,6 +8,7 @@ import shutil
 import pytest
 from typer.testing import CliRunner
 
+from latteflow.cli import main
 from latteflow.cli.main import app
 from latteflow.errors import UserError
 
@@ -49,3 +50,25 @@ def test_evaluate_prints_every_figure(saved_pipeline, toy_set, tmp_path):
 def test_evaluate_refuses_no_drawings(saved_pipeline):
     with pytest.raises(UserError, match="--drawings"):
         _run("evaluate", str(saved_pipeline), "--drawings", "0")
+
+
+def test_a_missing_extra_is_named_with_the_remedy(monkeypatch, capsys):
+    def without_accelerate():
+        raise ModuleNotFoundError("No module named 'accelerate'", name="accelerate")
+
+    monkeypatch.setattr(main, "app", without_accelerate)
+    with pytest.raises(SystemExit) as left:
+        main.main()
+    assert left.value.code == 2
+    assert (
+        capsys.readouterr().err == "latteflow: this needs accelerate: install it with pip install 'latteflow[train]'\n"
+    )
+
+
+def test_a_missing_module_of_ours_is_no_mistake_of_the_users(monkeypatch):
+    def broken():
+        raise ModuleNotFoundError("No module named 'latteflow.gone'", name="latteflow.gone")
+
+    monkeypatch.setattr(main, "app", broken)
+    with pytest.raises(ModuleNotFoundError):
+        main.main()
