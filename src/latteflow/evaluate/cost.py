@@ -122,13 +122,13 @@ def step_flops(replica: LatteFlowTransformer, image_tokens: int, context_tokens:
 
 
 def prefill_flops(backbone: nn.Module, tokens: int) -> float:
-    """Return the operations of reading a prompt of so many tokens, the vocabulary's head left out, by formula."""
+    """Return the operations of reading a prompt of so many tokens, with the scores of one next token, by formula."""
     text = backbone.config.get_text_config()  # type: ignore[union-attr, operator]
     width = text.hidden_size
     head_dim = getattr(text, "head_dim", None) or width // text.num_attention_heads
     heads, key_values = text.num_attention_heads * head_dim, text.num_key_value_heads * head_dim
     layer = tokens * (2 * width * heads + 2 * width * key_values + 3 * width * text.intermediate_size)
-    return 2.0 * text.num_hidden_layers * (layer + 2 * tokens * tokens * heads)
+    return 2.0 * (text.num_hidden_layers * (layer + 2 * tokens * tokens * heads) + width * text.vocab_size)
 
 
 @torch.no_grad()

@@ -97,12 +97,13 @@ def compute_context(backbone: nn.Module, input_ids: torch.Tensor, attention_mask
     length = attention_mask.sum(-1)
     positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand(3, *input_ids.shape)
     cache = DynamicCache(config=backbone.config.get_text_config())  # type: ignore[operator, union-attr]
-    backbone.model(  # type: ignore[operator, union-attr]
+    backbone(  # as a whole, so that offloading hooks see the call
         input_ids=input_ids,
         attention_mask=attention_mask,
         position_ids=positions,
         past_key_values=cache,
         use_cache=True,
+        logits_to_keep=1,
     )
     return Context(
         torch.stack([layer.keys for layer in cache.layers], dim=1),  # type: ignore[misc]

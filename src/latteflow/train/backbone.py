@@ -68,14 +68,18 @@ class SupervisedBackbone(nn.Module):
         """
         backbone = self.backbone
         config = backbone.config
-        tokens = torch.stack(list(backbone.model.get_image_features(pixel_values, grid).pooler_output))
+        features = backbone.model.get_image_features(pixel_values, grid).pooler_output  # type: ignore[arg-type]
+        tokens = torch.stack(list(features))  # type: ignore[arg-type]
         scores = {name: head(tokens.mean(dim=1)) for name, head in self.heads.items()}
 
         is_picture, is_word = ids == config.image_token_id, ids != config.get_text_config().pad_token_id
         embeddings = backbone.get_input_embeddings()(ids)
         embeddings = embeddings.masked_scatter(is_picture[..., None], tokens[shown].to(embeddings.dtype))
         positions, _ = backbone.model.get_rope_index(
-            ids, mm_token_type_ids=is_picture.long(), image_grid_thw=grid[shown], attention_mask=is_word.long()
+            ids,  # type: ignore[arg-type]
+            mm_token_type_ids=is_picture.long(),  # type: ignore[arg-type]
+            image_grid_thw=grid[shown],  # type: ignore[arg-type]
+            attention_mask=is_word.long(),
         )
         hidden = backbone.model.language_model(
             inputs_embeds=embeddings, attention_mask=is_word.long(), position_ids=positions, use_cache=False

@@ -7,6 +7,8 @@ random follow from them, so that a resumed run repeats the straight one bit for 
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
@@ -72,9 +74,13 @@ def train(recipe: StageRecipe, stage: Stage, *, watch: Callable[[Progress], None
     accelerator.end_training()
     final = output / "final"
     if accelerator.is_main_process:
+        partial = output / ".final.partial"
+        shutil.rmtree(partial, ignore_errors=True)
         with run.averaged_weights():
-            stage.export(final)
-        (final / "recipe.json").write_text(json.dumps(resolved(recipe), indent=2) + "\n")
+            stage.export(partial)
+        (partial / "recipe.json").write_text(json.dumps(resolved(recipe), indent=2) + "\n")
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(partial, final)
     accelerator.wait_for_everyone()
     return final
 
