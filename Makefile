@@ -36,14 +36,14 @@ help: ## list the targets
 
 demo: $(RUN) ## draw a few pictures with the embedded model, ask about one, say where the files are
 	@mkdir -p demo
-	$(LATTEFLOW) generate "a slice of pizza, noto style" "red apple, fluent 3d style" "cat face, twemoji style" \
-		"rocket, openmoji style" --num-images 4 --grid --scale 2 --out demo/grid.png
-	$(LATTEFLOW) generate "a slice of pizza, noto style" --out demo/pizza.png
-	$(LATTEFLOW) ask demo/pizza.png "What is this?"
-	$(LATTEFLOW) ask demo/pizza.png "Which style is this?"
+	$(LATTEFLOW) generate "grinning face, noto style" "red heart, fluent 3d style" "umbrella, fluent 3d style" \
+		"automobile, fluent 3d style" --num-images 4 --grid --scale 2 --out demo/grid.png
+	$(LATTEFLOW) generate "red heart, fluent 3d style" --out demo/heart.png
+	$(LATTEFLOW) ask demo/heart.png "What is this?"
+	$(LATTEFLOW) ask demo/heart.png "Which category is this?"
 	@echo
-	@echo "The pictures: demo/grid.png (a row a prompt) and demo/pizza.png. Draw your own:"
-	@echo '  $(LATTEFLOW) generate "a red heart, twemoji style" --out demo/heart.png'
+	@echo "The pictures: demo/grid.png (a row a prompt) and demo/heart.png. Draw your own:"
+	@echo '  $(LATTEFLOW) generate "a red apple, fluent 3d style" --out demo/apple.png'
 
 install: $(RUN) ## make the environment: the package and what it needs to run
 
