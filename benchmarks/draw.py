@@ -32,7 +32,9 @@ def main() -> None:
     pipe = LatteFlowPipeline.from_pretrained(options.model)
     pipe.set_progress_bar_config(disable=True)
     experts = pipe.transformer
-    vanilla = LatteFlowTransformer.from_config({**experts.config, "num_groups": 1, "intervals": None, "shared_io": True})
+    vanilla = LatteFlowTransformer.from_config(
+        {**experts.config, "num_groups": 1, "intervals": None, "shared_io": True}
+    )
     vanilla.load_state_dict(experts.state_dict(), strict=False)
     cases = {
         f"K = {experts.config.num_groups}, batch 1": (experts, 1),
