@@ -258,6 +258,13 @@ def test_a_callback_sees_each_step(pipe):
     assert torch.equal(final, draw(pipe))
 
 
+def test_a_callback_may_return_nothing(pipe):
+    seen = []
+    drawn = draw(pipe, callback_on_step_end=lambda pipe, step, timestep, tensors: seen.append(step))
+    assert seen == [0, 1, 2, 3]
+    assert torch.equal(drawn, draw(pipe))
+
+
 def test_a_callback_may_change_the_latents(pipe):
     def clear(pipe, step, timestep, tensors):
         return {"latents": torch.zeros_like(tensors["latents"])} if step == 3 else {}

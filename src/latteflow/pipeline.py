@@ -115,7 +115,7 @@ class LatteFlowPipeline(DiffusionPipeline):
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]] | None = None,
+        callback_on_step_end: Callable[[Any, int, Any, dict[str, Any]], dict[str, Any] | None] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> ImagePipelineOutput:
         """Draw pictures.
@@ -183,7 +183,7 @@ class LatteFlowPipeline(DiffusionPipeline):
         x_t: torch.Tensor,
         context: Context,
         guidance_scale: float,
-        callback: Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]] | None,
+        callback: Callable[[Any, int, Any, dict[str, Any]], dict[str, Any] | None] | None,
     ) -> torch.Tensor:
         """Go from noise to data on the scheduler's grid; stop early where a callback asks for it."""
         times = schedule_times(self.scheduler)
@@ -194,7 +194,8 @@ class LatteFlowPipeline(DiffusionPipeline):
                 v = self._velocity(x_t, t, context, guidance_scale)
                 x_t = self.scheduler.step(model_output_of_velocity(v), timestep, x_t, return_dict=False)[0]
                 if callback is not None:
-                    x_t = callback(self, step, timestep, {"latents": x_t}).get("latents", x_t)
+                    changed = callback(self, step, timestep, {"latents": x_t}) or {}
+                    x_t = changed.get("latents", x_t)
                 progress.update()
         return x_t
 
