@@ -15,7 +15,14 @@ from latteflow.cli.info import info
 from latteflow.cli.train import train
 from latteflow.errors import UserError
 
-_EXTRAS = {"accelerate": "train", "peft": "train", "tensorboard": "train", "pyarrow": "data", "datasets": "data"}
+_EXTRAS = {
+    "accelerate": "train",
+    "peft": "train",
+    "tensorboard": "train",
+    "pyarrow": "data",
+    "datasets": "data",
+    "resvg_py": "data",
+}
 """Which extra brings a module that only some verbs need."""
 
 app = typer.Typer(

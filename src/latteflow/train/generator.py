@@ -73,7 +73,6 @@ class GeneratorStage:
         self.vae.to(device)  # type: ignore[arg-type]
         self.latents = self._encode(self.images)
         self.contexts = self._training_contexts()
-        self.empty_context = self._contexts([""])
         self.heldout_latents = self._encode(self.heldout)
         self.heldout_contexts = self._contexts([canonical_caption(record) for record in self.heldout.records])
 
@@ -121,7 +120,7 @@ class GeneratorStage:
         return {"loss": total / len(self.heldout)}
 
     def preview(self) -> Image.Image:
-        """Return four pictures for each preview prompt, a row a prompt."""
+        """Return four pictures for each preview prompt, side by side, two prompts a row."""
         pictures: torch.Tensor = self.pipe(
             list(self.settings.preview_prompts),
             num_inference_steps=max(1, 20 // self.settings.num_groups) * self.settings.num_groups,

@@ -91,13 +91,8 @@ class _Run:
     def __init__(
         self, accelerator: Accelerator, recipe: StageRecipe, settings: TrainSection, output: Path, stage: Stage
     ) -> None:
-        self.accelerator, self.recipe, self.settings, self.output, self.stage = (
-            accelerator,
-            recipe,
-            settings,
-            output,
-            stage,
-        )
+        self.accelerator, self.recipe, self.settings = accelerator, recipe, settings
+        self.output, self.stage = output, stage
         self.parameters = {name: p for name, p in stage.model.named_parameters() if p.requires_grad}
         optimizer = torch.optim.AdamW(
             _decay_groups(self.parameters.values(), settings.weight_decay),
@@ -121,7 +116,6 @@ class _Run:
         stage.to(accelerator.device)
         self.model, self.optimizer = accelerator.prepare(stage.model, optimizer)
         self.schedule = schedule
-        self.parameters = {name: p for name, p in stage.model.named_parameters() if p.requires_grad}
         self.ema = EMAModel(list(self.parameters.values()), decay=settings.ema_decay, use_ema_warmup=True, power=0.75)
         self.ema.optimization_step = self.start
         if ema_state is not None:
