@@ -20,7 +20,7 @@ def small_autoencoder(*, latent_channels: int, widths: Sequence[int], layers: Se
         latent_channels: channels of the latents.
         widths: channels a stage, from full resolution down; neighbours have to divide one another.
         layers: residual blocks a stage. 0 in front joins the first stage to the second, which saves the work at
-            full resolution: a third of the time a step at 64x64, measured in docs/LOG.md.
+            full resolution: almost half of the time a step at 64x64, measured in docs/LOG.md.
 
     Raises:
         UserError: the two lists differ in length, or neighbouring widths do not divide.
