@@ -420,9 +420,8 @@ def test_what_cannot_be_is_refused_before_any_work(pipe, settings, message):
     assert calls == []
 
 
-def test_a_prompt_that_names_a_picture_is_refused(pipe):
-    with pytest.raises(UserError, match="picture"):
-        draw(pipe, "a <|image_pad|>")
+def test_a_special_token_in_a_prompt_is_words(pipe):
+    assert not torch.equal(draw(pipe, "a <|image_pad|>", output_type="pt"), draw(pipe, "a", output_type="pt"))
 
 
 # ---- questions
@@ -491,6 +490,5 @@ def test_an_empty_question_is_refused(pipe, question):
         pipe.ask(toy_picture("circle", "red", "solid"), question)
 
 
-def test_a_question_that_names_a_picture_is_refused(pipe):
-    with pytest.raises(UserError, match="picture"):
-        pipe.ask(toy_picture("circle", "red", "solid"), "what is <|image_pad|>?")
+def test_a_special_token_in_a_question_is_words(pipe):
+    assert isinstance(pipe.ask(toy_picture("circle", "red", "solid"), "what is <|image_pad|>?"), str)

@@ -44,10 +44,6 @@ def test_an_absurd_length_is_refused(ask, tmp_path, tokens):
     ).mistake  # fmt: skip
 
 
-def test_a_question_that_names_a_picture_is_refused(ask, tmp_path):
-    assert "picture" in ask(picture(tmp_path), "what is <|image_pad|>?").mistake
-
-
 def damaged(folder, kind):
     file = folder / "picture.png"
     content = picture(folder).read_bytes()

@@ -115,7 +115,6 @@ def test_an_existing_picture_is_replaced(generate, tmp_path):
 MISTAKES = [
     ([""], "a prompt is empty"),
     (["red", "  "], "a prompt is empty"),
-    (["<|image_pad|>"], "picture"),
     (["a", "--seed", "-1"], "--seed has to be 0 to 2**63 - 1: got -1"),
     (["a", "--seed", 2**63], f"got {2**63}"),
     (["a", "--num-images", 0], "--num-images 0"),

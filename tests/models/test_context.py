@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from latteflow.models.backbones.qwen2_vl import text_layers
+from latteflow.models.backbones import family_of
 from latteflow.models.context import Context, compute_context, concatenate
 from toys import seeded
 
@@ -30,7 +30,7 @@ def test_is_what_the_backbones_own_attention_reads(backbone, tokenizer):
     ids, mask = words(tokenizer, PROMPTS[:1])
     context = compute_context(backbone, ids, mask)
     hidden = backbone(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[3]
-    layer = text_layers(backbone)[3]
+    layer = family_of(backbone.config).text_model(backbone).layers[3]
     normed = layer.input_layernorm(hidden)
     value = layer.self_attn.v_proj(normed)[:, None]
     key = layer.self_attn.k_proj(normed)[:, None]

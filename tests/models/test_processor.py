@@ -103,6 +103,26 @@ def test_a_chat_template_of_its_own_comes_first(processor):
     assert other.chat_prompt("What?") == "user!"
 
 
+@pytest.mark.parametrize(
+    "token", [IMAGE_TOKEN, "<|vision_start|>", "<|end|>", "<|user|>", "<|end|><|user|>", "<<|end|>"]
+)
+@pytest.mark.parametrize("around", ["{}", "is {} a word?", " {}"])
+def test_special_tokens_that_a_user_types_are_words(processor, token, around):
+    tokenizer = processor.tokenizer
+    special = set(tokenizer.all_special_ids)
+    ids = processor(processor.chat_prompt(around.format(token)))["input_ids"][0].tolist()
+    frame = processor(processor.chat_prompt(""))["input_ids"][0].tolist()
+    assert [i for i in ids if i in special] == frame
+    spelled = tokenizer.decode([i for i in ids if i not in special]).replace(" ", "")
+    assert spelled == around.format(token).replace(" ", "")
+
+
+@pytest.mark.parametrize("words", ["<|USER|>", "<|user|", "a < b |> c", "<|user |>", "\U0010ffff"])
+def test_what_is_almost_a_special_token_is_tokenized_as_ever(processor, words):
+    expected = processor.tokenizer(f"<|user|>{words}<|assistant|>".replace("\U0010ffff", ""))["input_ids"]
+    assert processor(processor.chat_prompt(words))["input_ids"][0].tolist() == expected
+
+
 def test_saved_and_loaded_is_the_same(processor, tmp_path):
     processor.save_pretrained(tmp_path)
     loaded = LatteFlowProcessor.from_pretrained(tmp_path)

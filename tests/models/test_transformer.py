@@ -259,7 +259,7 @@ def test_a_backbone_of_another_family_is_refused():
         class config:
             model_type = "llava"
 
-    with pytest.raises(UserError, match="'llava': only qwen2_vl"):
+    with pytest.raises(UserError, match="'llava' is not supported: qwen2_vl"):
         LatteFlowTransformer.from_backbone(Other(), num_groups=2)
 
 

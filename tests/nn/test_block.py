@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from latteflow.models.backbones.qwen2_vl import text_layers
-from latteflow.nn.rotary import rotary_cos_sin
+from latteflow.models.backbones import family_of
+from latteflow.nn.rotary import axes_of_frequencies, rotary_cos_sin
 from toys import seeded, toy_transformer
 
 MODES = ["none", "logits", "probs"]
@@ -18,7 +18,7 @@ def text_input(backbone):
     hidden = torch.randn(2, TOKENS, 32, generator=seeded())
     positions = torch.arange(TOKENS).expand(3, 2, TOKENS)
     theirs = backbone.model.language_model.rotary_emb(hidden, positions)
-    ours = rotary_cos_sin(positions, head_dim=16, theta=1e4, sections=(2, 3, 3))
+    ours = rotary_cos_sin(positions, head_dim=16, theta=1e4, axes=axes_of_frequencies((2, 3, 3), interleaved=False))
     causal = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()[None, None]
     return hidden, theirs, ours, causal
 
@@ -27,7 +27,7 @@ def text_input(backbone):
 def test_copied_attention_returns_what_the_backbones_layer_returns(backbone, mode):
     hidden, theirs, ours, causal = text_input(backbone)
     replica = toy_transformer(backbone, 4, shaken=False, residual_attention=mode)
-    for layer, copied in zip(text_layers(backbone), replica.layers, strict=True):
+    for layer, copied in zip(family_of(backbone.config).text_model(backbone).layers, replica.layers, strict=True):
         normed = layer.input_layernorm(hidden)
         expected, _ = layer.self_attn(normed, attention_mask=causal, position_embeddings=theirs)
         found, _ = copied.self_attn(copied.input_layernorm(hidden), rotary=ours, mask=causal)
@@ -40,13 +40,13 @@ def test_copied_attention_returns_what_the_backbones_layer_returns(backbone, mod
 def test_copied_feed_forward_returns_what_the_backbones_layer_returns(backbone):
     hidden, *_ = text_input(backbone)
     replica = toy_transformer(backbone, shaken=False)
-    for layer, copied in zip(text_layers(backbone), replica.layers, strict=True):
+    for layer, copied in zip(family_of(backbone.config).text_model(backbone).layers, replica.layers, strict=True):
         expected = layer.mlp(layer.post_attention_layernorm(hidden))
         assert torch.equal(copied.mlp(copied.post_attention_layernorm(hidden)), expected)
 
 
 def test_different_layers_were_copied_from_different_layers(backbone):
-    weights = [layer.self_attn.q_proj.weight for layer in text_layers(backbone)]
+    weights = [layer.self_attn.q_proj.weight for layer in family_of(backbone.config).text_model(backbone).layers]
     assert not torch.equal(weights[0], weights[1])  # otherwise the tests above could pass with any order
 
 
@@ -93,4 +93,8 @@ def test_only_layers_with_a_predecessor_in_their_group_have_a_gate(backbone, mod
 def test_all_norms_have_the_backbones_eps(backbone):
     layer = toy_transformer(backbone, 1).layers[0]
     norms = (layer.input_layernorm, layer.attention_out_norm, layer.post_attention_layernorm, layer.mlp_out_norm)
-    assert {norm.eps for norm in norms} == {text_layers(backbone)[0].input_layernorm.variance_epsilon} == {EPS}
+    assert (
+        {norm.eps for norm in norms}
+        == {family_of(backbone.config).text_model(backbone).layers[0].input_layernorm.variance_epsilon}
+        == {EPS}
+    )

@@ -5,7 +5,7 @@ import torch
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLTextConfig
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRotaryEmbedding, apply_rotary_pos_emb
 
-from latteflow.nn.rotary import grid_positions, rotary_cos_sin, rotate
+from latteflow.nn.rotary import axes_of_frequencies, grid_positions, rotary_cos_sin, rotate
 from toys import seeded
 
 SIZES = [(16, (2, 3, 3), 1e4), (128, (16, 24, 24), 1e6)]
@@ -30,7 +30,9 @@ def test_turns_heads_exactly_as_the_backbone_does(head_dim, sections, theta, kin
     embedding = Qwen2VLRotaryEmbedding(config)(query, positions)
     expected = apply_rotary_pos_emb(query, key, *embedding)
 
-    cos, sin = rotary_cos_sin(positions, head_dim=head_dim, theta=theta, sections=sections)
+    cos, sin = rotary_cos_sin(
+        positions, head_dim=head_dim, theta=theta, axes=axes_of_frequencies(sections, interleaved=False)
+    )
     assert torch.equal(rotate(query, cos, sin), expected[0])
     assert torch.equal(rotate(key, cos, sin), expected[1])
 
@@ -47,7 +49,10 @@ def test_scores_depend_on_differences_of_positions_only():
     scores = []
     for start in (0, 40):
         cos, sin = rotary_cos_sin(
-            grid_positions(torch.tensor([start]), 2, 2), head_dim=16, theta=1e4, sections=(2, 3, 3)
+            grid_positions(torch.tensor([start]), 2, 2),
+            head_dim=16,
+            theta=1e4,
+            axes=axes_of_frequencies((2, 3, 3), interleaved=False),
         )
         scores.append(rotate(query, cos, sin) @ rotate(key, cos, sin).mT)
     torch.testing.assert_close(scores[0], scores[1], rtol=0, atol=1e-4)  # angles are float32

@@ -13,6 +13,9 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
+from latteflow.errors import UserError
+from latteflow.models.backbones import family_of
+
 
 @dataclass(frozen=True)
 class Context:
@@ -81,22 +84,32 @@ def concatenate(contexts: Sequence[Context]) -> Context:
 
 
 @torch.no_grad()
-def compute_context(backbone: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Context:
+def compute_context(
+    backbone: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, **pictures: torch.Tensor
+) -> Context:
     """Prefill the backbone with prompts and return what it would cache.
 
     Args:
-        backbone: a transformers vision-language model (Qwen2-VL family).
+        backbone: a transformers vision-language model of a known family.
         input_ids: int64 (B, T), padded at the end.
         attention_mask: (B, T), 1 where there is a token.
+        **pictures: the processor's other outputs, where prompts hold pictures.
 
     Raises:
         ValueError: a prompt is padded in front: its words would not stand where they stand alone.
+        UserError: a prompt is longer than every layer of the backbone can see.
     """
     if not bool((attention_mask[:, :-1] >= attention_mask[:, 1:]).all()):
         raise ValueError("prompts have to be padded at the end, not in front")
-    length = attention_mask.sum(-1)
-    positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand(3, *input_ids.shape)
-    cache = DynamicCache(config=backbone.config.get_text_config())  # type: ignore[operator, union-attr]
+    family, text = family_of(backbone.config), backbone.config.get_text_config()
+    longest = family.longest_prompt(text)
+    if longest is not None and input_ids.shape[1] > longest:
+        raise UserError(
+            f"the prompt has {input_ids.shape[1]} tokens; some layers of this backbone see a window of {longest}, so "
+            "their keys and values of what stands before it are gone: shorten it"
+        )
+    positions, next_position = family.positions(backbone, input_ids, attention_mask, pictures)
+    cache = DynamicCache(config=text)
     backbone(  # as a whole, so that offloading hooks see the call
         input_ids=input_ids,
         attention_mask=attention_mask,
@@ -104,10 +117,22 @@ def compute_context(backbone: nn.Module, input_ids: torch.Tensor, attention_mask
         past_key_values=cache,
         use_cache=True,
         logits_to_keep=1,
+        **pictures,
     )
+    return context_of_cache(cache, attention_mask.bool(), next_position)
+
+
+def context_of_cache(cache: DynamicCache, mask: torch.Tensor, next_position: torch.Tensor) -> Context:
+    """Return the context that a backbone's cache holds.
+
+    Args:
+        cache: of B prompts of T tokens, every layer whole.
+        mask: bool (B, T), true where there is a token.
+        next_position: int64 (B,), the first rotary position after each prompt.
+    """
     return Context(
         torch.stack([layer.keys for layer in cache.layers], dim=1),  # type: ignore[misc]
         torch.stack([layer.values for layer in cache.layers], dim=1),  # type: ignore[misc]
-        attention_mask.bool(),
-        length,
+        mask,
+        next_position,
     )

@@ -21,12 +21,14 @@ from torch import nn
 
 from latteflow.errors import UserError
 from latteflow.flow.intervals import Intervals
+from latteflow.models.backbones import family_of
 from latteflow.models.context import Context
 from latteflow.nn.block import ReplicaLayer
 from latteflow.nn.embeddings import PatchEmbedding, TimeEmbedding, unpatchify
+from latteflow.nn.feed_forward import Activation
 from latteflow.nn.norm import RMSNorm, modulate
 from latteflow.nn.residual_attention import ResidualAttention
-from latteflow.nn.rotary import grid_positions, rotary_cos_sin
+from latteflow.nn.rotary import axes_of_frequencies, grid_positions, raster_positions, rotary_cos_sin
 
 
 class LatentIO(nn.Module):
@@ -44,6 +46,10 @@ class LatentIO(nn.Module):
     @torch.no_grad()
     def initialize(self) -> None:
         """Set the start of what has no counterpart in the backbone. All are [D]: the paper gives no values."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                module.reset_parameters()
+        nn.init.ones_(self.out_norm.weight)
         # The grid's places are told by rotary positions from the start; a learned place is added from nothing.
         nn.init.zeros_(self.patch_embedding.place.weight)
         # No dependence on t, and velocity zero: the best constant guess for normalised latents.
@@ -78,9 +84,16 @@ class LatteFlowTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         num_key_value_heads: the backbone's.
         head_dim: the backbone's.
         attention_bias: whether queries, keys and values have a bias, as in the backbone.
+        qk_norm: whether every head's queries and keys are normalised, as in the backbone.
+        activation: "silu" or "gelu_tanh", the backbone's.
         norm_eps: the backbone's.
         rope_theta: the backbone's.
-        mrope_section: the backbone's split of rotary frequencies over time, height and width.
+        rope_factor: the backbone's linear stretch of positions.
+        mrope_section: the backbone's split of rotary frequencies over time, height and width; empty where words have
+            one position, and latents then stand one after the other, in raster order. [D]
+        mrope_interleaved: whether the sections take the frequencies in turns.
+        local_layers: numbers of the layers with ``local_rope_theta`` and no stretch (Gemma3's sliding ones).
+        local_rope_theta: their base.
         latent_channels: channels of the autoencoder's latents.
         sample_size: side of the latents the model was trained on; what a call without a size draws.
         patch_size: side, in latents, of what becomes one token.
@@ -111,9 +124,15 @@ class LatteFlowTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         num_key_value_heads: int = 2,
         head_dim: int = 128,
         attention_bias: bool = True,
+        qk_norm: bool = False,
+        activation: Activation = "silu",
         norm_eps: float = 1e-6,
         rope_theta: float = 1e6,
+        rope_factor: float = 1.0,
         mrope_section: Sequence[int] = (16, 24, 24),
+        mrope_interleaved: bool = False,
+        local_layers: Sequence[int] = (),
+        local_rope_theta: float = 1e4,
         latent_channels: int = 32,
         sample_size: int = 8,
         patch_size: int = 1,
@@ -134,6 +153,8 @@ class LatteFlowTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 num_key_value_heads,
                 head_dim,
                 attention_bias=attention_bias,
+                qk_norm=qk_norm,
+                activation=activation,
                 norm_eps=norm_eps,
                 time_size=time_embedding_size,
                 residual_attention=residual_attention,
@@ -183,42 +204,66 @@ class LatteFlowTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
         time = io.time_embedding(t)
         x = io.patch_embedding(x_t)
-        rotary = self._rotary(context.next_position, height // self.config.patch_size, width // self.config.patch_size)
+        rows, columns = height // self.config.patch_size, width // self.config.patch_size
+        rotary, local_rotary = self._rotary(context.next_position, rows, columns)
         mask = _visible(context.mask, x.shape[1])
 
         attention_map = None
         for number in self.layers_of(group):
             x, attention_map = self.layers[number](
-                x, time, rotary=rotary, context=context.layer(number), mask=mask, previous_map=attention_map
+                x,
+                time,
+                rotary=local_rotary if number in self.config.local_layers else rotary,
+                context=context.layer(number),
+                mask=mask,
+                previous_map=attention_map,
             )
 
         return unpatchify(io.velocity(x, time), self.config.patch_size, height, width)
 
-    def _rotary(self, start: torch.Tensor, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return rotary_cos_sin(
-            grid_positions(start, height, width),
-            head_dim=self.config.head_dim,
-            theta=self.config.rope_theta,
-            sections=self.config.mrope_section,
+    def _rotary(
+        self, start: torch.Tensor, rows: int, columns: int
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+        """Return cosine and sine of a grid behind each prompt, for ordinary and for local layers."""
+        config = self.config
+        axes = axes_of_frequencies(config.mrope_section, interleaved=config.mrope_interleaved)
+        positions = (grid_positions if axes else raster_positions)(start, rows, columns)
+        rotary = rotary_cos_sin(
+            positions, head_dim=config.head_dim, theta=config.rope_theta, axes=axes, factor=config.rope_factor
         )
+        if not config.local_layers:
+            return rotary, rotary
+        return rotary, rotary_cos_sin(positions, head_dim=config.head_dim, theta=config.local_rope_theta, axes=axes)
 
     @classmethod
     def from_backbone(cls, backbone: nn.Module, **settings: Any) -> LatteFlowTransformer:
-        """Build the replica of a backbone's text layers, weights copied.
+        """Build the replica of a backbone's text layers, weights copied, in its dtype and on its device.
 
         Args:
-            backbone: a transformers Qwen2-VL.
+            backbone: a transformers vision-language model of a family in docs/backbones.md.
             **settings: the arguments of this class that the backbone does not decide, such as ``num_groups``,
                 ``latent_channels``, ``residual_attention``.
 
         Raises:
-            UserError: the backbone's layers are not of a family that the replica knows.
+            UserError: the backbone's layers are not of a kind that the replica knows.
         """
-        from latteflow.models.backbones.qwen2_vl import copy_layers, replica_config
-
-        replica = cls(**{**replica_config(backbone), **settings})
-        copy_layers(backbone, replica.layers)
+        family = family_of(backbone.config)
+        settings = {**family.replica_config(backbone), **settings}
+        with torch.device("meta"):  # a weight that is copied need not be drawn, nor held twice
+            replica = nn.Module.to(cls(**settings), cast(Any, backbone).dtype)
+        replica.to_empty(device=cast(Any, backbone).device)
+        replica.initialize_additions()
+        text = cast(Any, backbone).config.get_text_config()
+        for source, target in zip(family.text_model(backbone).layers, replica.layers, strict=True):
+            family.copy_layer(source, target, text)
         return replica
+
+    def initialize_additions(self) -> None:
+        """Set what has no counterpart in the backbone to its start."""
+        for layer in self.layers:
+            cast(ReplicaLayer, layer).initialize_additions()
+        for io in self.io:
+            cast(LatentIO, io).initialize()
 
 
 def _visible(context_mask: torch.Tensor, image_tokens: int) -> torch.Tensor | None:
@@ -241,7 +286,7 @@ def _check_sizes(
         raise UserError(f"num_groups has to divide the {num_layers} layers: got {num_groups}")
     if len(intervals) != num_groups:
         raise UserError(f"{num_groups} groups need {num_groups + 1} edges: got {list(intervals.edges)}")
-    if sum(mrope_section) * 2 != head_dim:
+    if mrope_section and sum(mrope_section) * 2 != head_dim:
         raise UserError(f"mrope_section has to sum to half of head_dim {head_dim}: got {list(mrope_section)}")
     if residual_attention not in ("probs", "logits", "none"):
         raise UserError(f"residual_attention is probs, logits or none: got {residual_attention!r}")

@@ -6,6 +6,7 @@ import torch
 from einops import rearrange
 from torch import nn
 
+from latteflow.nn.norm import RMSNorm
 from latteflow.nn.residual_attention import ResidualAttention, attend
 from latteflow.nn.rotary import rotate
 
@@ -19,6 +20,7 @@ class Attention(nn.Module):
         num_key_value_heads: key and value heads; divides ``num_heads``.
         head_dim: width of a head.
         bias: whether queries, keys and values have a bias (Qwen2 does, Llama does not).
+        qk_norm_eps: eps of a norm over every head's queries and keys (Qwen3, Gemma3); None for no such norm.
         mode: how the attention map is carried on to the next layer.
     """
 
@@ -30,6 +32,7 @@ class Attention(nn.Module):
         head_dim: int,
         *,
         bias: bool,
+        qk_norm_eps: float | None = None,
         mode: ResidualAttention,
     ) -> None:
         super().__init__()
@@ -39,6 +42,8 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(hidden_size, num_key_value_heads * head_dim, bias=bias)
         self.v_proj = nn.Linear(hidden_size, num_key_value_heads * head_dim, bias=bias)
         self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=False)
+        self.q_norm = nn.Identity() if qk_norm_eps is None else RMSNorm(head_dim, qk_norm_eps)
+        self.k_norm = nn.Identity() if qk_norm_eps is None else RMSNorm(head_dim, qk_norm_eps)
 
     def forward(
         self,
@@ -67,7 +72,7 @@ class Attention(nn.Module):
             rearrange(project(x), "b n (h d) -> b h n d", d=self.head_dim)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        query, key = rotate(query, *rotary), rotate(key, *rotary)
+        query, key = rotate(self.q_norm(query), *rotary), rotate(self.k_norm(key), *rotary)
         if context is not None:
             key = torch.cat([context[0].to(key.dtype), key], dim=2)
             value = torch.cat([context[1].to(value.dtype), value], dim=2)

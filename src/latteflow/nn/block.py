@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional
 
 from latteflow.nn.attention import Attention
-from latteflow.nn.feed_forward import FeedForward
+from latteflow.nn.feed_forward import Activation, FeedForward
 from latteflow.nn.norm import RMSNorm, modulate
 from latteflow.nn.residual_attention import ResidualAttention, ResidualGate
 
@@ -25,6 +25,8 @@ class ReplicaLayer(nn.Module):
         num_key_value_heads: key and value heads.
         head_dim: width of a head.
         attention_bias: whether queries, keys and values have a bias.
+        qk_norm: whether every head's queries and keys are normalised.
+        activation: of the feed-forward.
         norm_eps: eps of all norms.
         time_size: width of the time embedding.
         residual_attention: how attention maps are carried.
@@ -41,6 +43,8 @@ class ReplicaLayer(nn.Module):
         head_dim: int,
         *,
         attention_bias: bool,
+        qk_norm: bool = False,
+        activation: Activation = "silu",
         norm_eps: float,
         time_size: int,
         residual_attention: ResidualAttention,
@@ -55,11 +59,12 @@ class ReplicaLayer(nn.Module):
             num_key_value_heads,
             head_dim,
             bias=attention_bias,
+            qk_norm_eps=norm_eps if qk_norm else None,
             mode=residual_attention,
         )
         self.attention_out_norm = RMSNorm(hidden_size, norm_eps)
         self.post_attention_layernorm = RMSNorm(hidden_size, norm_eps)
-        self.mlp = FeedForward(hidden_size, intermediate_size)
+        self.mlp = FeedForward(hidden_size, intermediate_size, activation)
         self.mlp_out_norm = RMSNorm(hidden_size, norm_eps)
         self.modulation = nn.Linear(time_size, 4 * hidden_size)
         carries = residual_attention != "none" and not first_of_group

@@ -1,53 +1,54 @@
-"""The Qwen2-VL family: which numbers a replica takes from it, and which weights."""
+"""The Qwen2-VL family: three-axis rotary positions, pictures of any size in merged patches."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from PIL import Image
 
-from latteflow.errors import UserError
-
-COPIED = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
-"""The parts of a layer that backbone and replica have in common, by name."""
+from latteflow.models.backbones.family import Family, rope_arguments
 
 
-def replica_config(backbone: nn.Module) -> dict[str, Any]:
-    """Return the replica's arguments that this backbone decides.
+class Qwen2VL(Family):
+    """Qwen2-VL (arXiv 2409.12191): Qwen2 layers with a bias on queries, keys and values."""
 
-    Raises:
-        UserError: the backbone is not a Qwen2-VL.
-    """
-    config = backbone.config  # type: ignore[union-attr]
-    if getattr(config, "model_type", None) != "qwen2_vl":
-        raise UserError(f"backbone of type {getattr(config, 'model_type', None)!r}: only qwen2_vl is supported so far")
-    text = config.get_text_config()  # type: ignore[operator]
-    rope = text.rope_parameters
-    return {
-        "num_layers": text.num_hidden_layers,
-        "hidden_size": text.hidden_size,
-        "intermediate_size": text.intermediate_size,
-        "num_attention_heads": text.num_attention_heads,
-        "num_key_value_heads": text.num_key_value_heads,
-        "head_dim": text.hidden_size // text.num_attention_heads,
-        "attention_bias": True,
-        "norm_eps": text.rms_norm_eps,
-        "rope_theta": rope["rope_theta"],
-        "mrope_section": list(rope["mrope_section"]),
-    }
+    model_types = ("qwen2_vl",)
+    text_types = ("qwen2_vl_text",)
+    example = "Qwen/Qwen2-VL-2B-Instruct"
+    placeholder = image_token = "<|image_pad|>"
+    token_types = "mm_token_type_ids"
 
+    def rope_config(self, text: Any) -> dict[str, Any]:
+        """Return base and sections."""
+        rope = text.rope_parameters
+        return {
+            **super().rope_config(text),
+            **rope_arguments(rope),
+            "mrope_section": list(rope["mrope_section"]),
+            "mrope_interleaved": bool(rope.get("mrope_interleaved", False)),
+        }
 
-def text_layers(backbone: nn.Module) -> nn.ModuleList:
-    """Return the backbone's text layers, in depth order."""
-    return backbone.model.language_model.layers  # type: ignore[union-attr, return-value]
+    def positions(
+        self, backbone: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, pictures: Mapping[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return three positions a token: a picture's follow its grid, words after it go on from its longer side."""
+        if "image_grid_thw" not in pictures:
+            positions, following = super().positions(backbone, input_ids, attention_mask, pictures)
+            return positions.expand(3, *input_ids.shape), following
+        positions, _ = backbone.model.get_rope_index(
+            input_ids,
+            mm_token_type_ids=pictures["mm_token_type_ids"],
+            image_grid_thw=pictures["image_grid_thw"],
+            attention_mask=attention_mask,
+        )
+        return positions, positions.amax(0).masked_fill(attention_mask == 0, -1).amax(-1) + 1
 
-
-@torch.no_grad()
-def copy_layers(backbone: nn.Module, replica_layers: Sequence[nn.Module] | nn.ModuleList) -> None:
-    """Copy the backbone's layers into a replica's, part by part."""
-    for source, target in zip(text_layers(backbone), replica_layers, strict=True):
-        for part in COPIED:
-            state = getattr(source, part).state_dict()
-            getattr(target, part).load_state_dict(state, strict=True)
+    def pictures(
+        self, image_processor: Any, images: Sequence[Sequence[Image.Image]], tokens_per_tile: int
+    ) -> tuple[dict[str, torch.Tensor], list[str]]:
+        """Return patches and grids; a picture is as many tokens as it has merged patches."""
+        inputs = dict(image_processor(images=[image for group in images for image in group], return_tensors="pt"))
+        counts = inputs["image_grid_thw"].prod(-1) // image_processor.merge_size**2
+        return inputs, [self.image_token * count for count in counts.tolist()]
