@@ -131,9 +131,10 @@ class LatteFlowProcessor(ProcessorMixin):
         return [[token for _ in row for token in next(ids)] for row in pieces]  # type: ignore[union-attr]
 
     def _padded(self, rows: Sequence[Sequence[int]], side: str) -> tuple[torch.Tensor, torch.Tensor]:
-        padding = self.tokenizer.pad_token_id
+        tokenizer = self.tokenizer
+        padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         length = max(len(row) for row in rows)
-        ids = torch.full((len(rows), length), self.tokenizer.eos_token_id if padding is None else padding)
+        ids = torch.full((len(rows), length), int(padding))  # type: ignore[arg-type]
         mask = torch.zeros_like(ids)
         for i, row in enumerate(rows):
             place = slice(length - len(row), None) if side == "left" else slice(len(row))

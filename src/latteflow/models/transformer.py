@@ -250,7 +250,8 @@ class LatteFlowTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         family = family_of(backbone.config)
         settings = {**family.replica_config(backbone), **settings}
         with torch.device("meta"):  # a weight that is copied need not be drawn, nor held twice
-            replica = nn.Module.to(cls(**settings), cast(Any, backbone).dtype)
+            replica = cls(**settings)
+        nn.Module.to(replica, cast(Any, backbone).dtype)  # diffusers' own warns where nothing is to be warned of
         replica.to_empty(device=cast(Any, backbone).device)
         replica.initialize_additions()
         text = cast(Any, backbone).config.get_text_config()
