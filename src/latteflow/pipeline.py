@@ -7,12 +7,11 @@ is the order of work: the prompt's context once, then one expert a step, then th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderDC, DiffusionPipeline
+from diffusers import AutoencoderDC
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -21,21 +20,19 @@ from transformers import PreTrainedModel
 
 from latteflow.errors import UserError
 from latteflow.flow.guidance import guide
+from latteflow.flow.noise import initial_noise
 from latteflow.flow.schedulers import model_output_of_velocity, schedule_times, set_schedule
 from latteflow.models.answers import greedy_answers
 from latteflow.models.autoencoder import decode_latents
 from latteflow.models.context import Context, compute_context, concatenate
-from latteflow.models.embedded import resolve_model
-from latteflow.models.processor import LatteFlowProcessor
-from latteflow.models.saved import require_configs, require_weights
+from latteflow.models.conversation import ConversationCache, on_white
+from latteflow.models.processor import LatteFlowProcessor, Message
+from latteflow.models.request import check_prompt, check_sampling, check_size
+from latteflow.models.stored import StoredPipeline
 from latteflow.models.transformer import LatteFlowTransformer
 
-_MOST_STEPS = 1000
-_MOST_TOKENS = 16_384
-"""Tokens of one picture: a bound against a size that was meant otherwise, not against any real one."""
 
-
-class LatteFlowPipeline(DiffusionPipeline):
+class LatteFlowPipeline(StoredPipeline):
     """One model that draws and answers.
 
     Usage:
@@ -69,26 +66,8 @@ class LatteFlowPipeline(DiffusionPipeline):
         )
         backbone.requires_grad_(False)
         self._unconditional: dict[tuple[Any, ...], Context] = {}
+        self._conversation: ConversationCache | None = None
         self._interrupt = False
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str, **kwargs: Any) -> LatteFlowPipeline:
-        """Load an embedded model by name, a local folder, or a model of the hub.
-
-        Args:
-            pretrained_model_name_or_path: ``emoji-64``, a folder, or a hub id.
-            **kwargs: as in diffusers. ``dtype`` is float32 unless given, whatever the file holds.
-
-        Raises:
-            UserError: a local folder lacks the configuration, or weights, of a part.
-        """
-        kwargs.setdefault("dtype", torch.float32)
-        place = resolve_model(str(pretrained_model_name_or_path))
-        require_configs(Path(place), given=kwargs)
-        pipe = super().from_pretrained(place, **kwargs)
-        if not {"backbone", "transformer", "vae", "device_map"} & set(kwargs):
-            require_weights(Path(place), pipe.backbone, pipe.transformer, pipe.vae)
-        return pipe
 
     @property
     def spatial_factor(self) -> int:
@@ -103,7 +82,7 @@ class LatteFlowPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] | None = None,
         negative_prompt: str | Sequence[str] | None = None,
         *,
         height: int | None = None,
@@ -113,6 +92,7 @@ class LatteFlowPipeline(DiffusionPipeline):
         num_images_per_prompt: int = 1,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
+        context: Context | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, Any, dict[str, Any]], dict[str, Any] | None] | None = None,
@@ -121,7 +101,7 @@ class LatteFlowPipeline(DiffusionPipeline):
         """Draw pictures.
 
         Args:
-            prompt: one or several descriptions; "" draws without one.
+            prompt: one or several descriptions; "" draws without one. Left out where ``context`` is given.
             negative_prompt: what to steer away from, one for all prompts or one each; left out, the empty prompt.
             height: in pixels, a multiple of ``spatial_factor``; left out, what the model was trained on.
             width: like ``height``.
@@ -131,6 +111,7 @@ class LatteFlowPipeline(DiffusionPipeline):
             generator: picture i takes its noise from ``initial_seed() + i`` of a single generator, which is left as
                 it was, or from generator i of a list.
             latents: normalised noise to start from, (pictures, channels, height / factor, width / factor).
+            context: of as many prompts, in place of ``prompt``: what ``encode_prompt`` returns.
             output_type: "pil", "np" (float in [0, 1], channels last), "pt" (channels first) or "latent".
             return_dict: an ``ImagePipelineOutput``; if false, a tuple of the images alone.
             callback_on_step_end: called as ``callback(pipe, step, timestep, tensors)`` after each call of the network;
@@ -140,19 +121,27 @@ class LatteFlowPipeline(DiffusionPipeline):
         Raises:
             UserError: a size, step count, guidance scale, number or prompt that cannot be.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if (prompt is None) == (context is None):
+            raise UserError("give a prompt, or the context of one")
+        number = len(context) if context is not None else 1 if isinstance(prompt, str) else len(prompt or ())
         size: int = self.transformer.config.sample_size * self.vae.spatial_compression_ratio
         height, width = size if height is None else height, size if width is None else width
-        self._check(prompts, height, width, num_inference_steps, guidance_scale, num_images_per_prompt, output_type)
+        check_prompt(prompt)
+        check_size(height, width, factor=self.spatial_factor)
+        check_sampling(num_inference_steps, guidance_scale, num_images_per_prompt)
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise UserError(f"output_type is pil, np, pt or latent: got {output_type!r}")
         if not set(callback_on_step_end_tensor_inputs) <= set(self._callback_tensor_inputs):
             raise UserError(f"callback_on_step_end_tensor_inputs can hold {list(self._callback_tensor_inputs)} only")
         self._interrupt = False
 
         # The context: the backbone reads each prompt once.
-        context = self._context(prompts, negative_prompt, num_images_per_prompt, guided=guidance_scale != 1.0)
+        if context is None:
+            context = self.encode_prompt([prompt] if isinstance(prompt, str) else list(prompt or ()))
+        context = self._both_halves(context, negative_prompt, num_images_per_prompt, guided=guidance_scale != 1.0)
 
         # The path from noise to data: one expert a step.
-        x_t = self._initial_noise(len(prompts) * num_images_per_prompt, height, width, generator, latents)
+        x_t = self._initial_noise(number * num_images_per_prompt, height, width, generator, latents)
         set_schedule(self.scheduler, num_inference_steps, device=x_t.device)
         x_t = self._solve(x_t, context, guidance_scale, callback_on_step_end)
 
@@ -162,19 +151,18 @@ class LatteFlowPipeline(DiffusionPipeline):
         output = ImagePipelineOutput(images=images)  # type: ignore[arg-type]
         return output if return_dict else output.to_tuple()  # type: ignore[return-value]
 
-    def _context(
+    def _both_halves(
         self,
-        prompts: Sequence[str],
+        context: Context,
         negative_prompt: str | Sequence[str] | None,
         num_images_per_prompt: int,
         *,
         guided: bool,
     ) -> Context:
         """Return the context of every picture; with guidance, the unconditional (or negative) half stands first."""
-        context = self.encode_prompt(prompts)
         if guided:
             # Picture i of either half has to stand at i of that half, so repeating comes before joining.
-            halves = (self._encode_negative(negative_prompt, len(prompts)), context)
+            halves = (self._encode_negative(negative_prompt, len(context)), context)
             return concatenate([half.repeat_interleave(num_images_per_prompt) for half in halves])
         return context.repeat_interleave(num_images_per_prompt)
 
@@ -238,16 +226,14 @@ class LatteFlowPipeline(DiffusionPipeline):
         generator: torch.Generator | Sequence[torch.Generator] | None,
         latents: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Return float32 noise, drawn on the CPU picture by picture: a picture does not depend on its batch."""
+        """Return where the paths start: noise, or the caller's own."""
         factor = self.vae.spatial_compression_ratio
         shape = (self.transformer.config.latent_channels, height // factor, width // factor)
         if latents is not None:
             if tuple(latents.shape) != (number, *shape):
                 raise UserError(f"latents have shape {tuple(latents.shape)}: this call needs {(number, *shape)}")
             return latents.to(self._execution_device, torch.float32)
-        generators = _generator_per_picture(generator, number)
-        noise = torch.stack([torch.randn(shape, generator=one, device=one.device).cpu() for one in generators])
-        return noise.to(self._execution_device)
+        return initial_noise(shape, number, generator).to(self._execution_device)
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor, output_type: str = "pil") -> list[Image.Image] | np.ndarray | torch.Tensor:
@@ -270,54 +256,52 @@ class LatteFlowPipeline(DiffusionPipeline):
         if not question.strip():
             raise UserError("the question is empty: ask something, such as 'What is this?'")
         answers = greedy_answers(
-            self.backbone, self.processor, [_on_white(image)], question, max_new_tokens=max_new_tokens
+            self.backbone, self.processor, [on_white(image)], question, max_new_tokens=max_new_tokens
         )
         self.maybe_free_model_hooks()
         return answers[0]
 
-    def _check(
+    def chat(
         self,
-        prompts: Sequence[str],
-        height: int,
-        width: int,
-        steps: int,
-        guidance_scale: float,
-        num_images_per_prompt: int,
-        output_type: str,
-    ) -> None:
-        factor = self.spatial_factor
-        if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
-            raise UserError(f"prompt has to be a string or a list of them: got {prompts!r}")
-        for name, side in (("height", height), ("width", width)):
-            if side < factor or side % factor:
-                raise UserError(f"{name} {side} does not do: give a multiple of {factor}")
-        if height * width > _MOST_TOKENS * factor**2:
-            raise UserError(f"{height}x{width} is more than {_MOST_TOKENS} tokens of {factor}x{factor}: draw smaller")
-        if not 1 <= steps <= _MOST_STEPS:
-            raise UserError(f"num_inference_steps has to be 1 to {_MOST_STEPS}: got {steps}")
-        if not 0 <= guidance_scale <= 100:  # false for NaN, too
-            raise UserError(f"guidance_scale has to be 0 to 100: got {guidance_scale}")
-        if num_images_per_prompt < 1:
-            raise UserError(f"num_images_per_prompt has to be 1 or more: got {num_images_per_prompt}")
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise UserError(f"output_type is pil, np, pt or latent: got {output_type!r}")
+        messages: Sequence[Message],
+        *,
+        modalities: Sequence[str] = ("text",),
+        streamer: Any = None,
+        max_new_tokens: int = 512,
+        **settings: Any,
+    ) -> dict[str, Any]:
+        """Return the assistant's next turn in a conversation: words, or a picture where one is asked for.
 
+        Append it to ``messages``, with what you say next, and call again: only what is new is read, the rest comes
+        from the cache of the last call.
 
-def _generator_per_picture(
-    generator: torch.Generator | Sequence[torch.Generator] | None, number: int
-) -> list[torch.Generator]:
-    if isinstance(generator, torch.Generator) or generator is None:
-        seed = int(torch.randint(2**62, ())) if generator is None else generator.initial_seed()
-        return [torch.Generator().manual_seed((seed + i) % 2**63) for i in range(number)]
-    if len(generator) != number:
-        raise UserError(f"{len(generator)} generators for {number} pictures: give one, or one each")
-    return list(generator)
+        Args:
+            messages: turns as transformers writes them, ``{"role": "user", "content": [{"type": "text", "text":
+                ...}, {"type": "image", "image": a PIL picture}]}``; a string will do for words alone.
+            modalities: ``["text"]``, or ``["image"]`` to have the turn drawn.
+            streamer: for words, a transformers streamer such as ``TextIteratorStreamer``.
+            max_new_tokens: where a long answer is cut.
+            **settings: for words, arguments of transformers' ``generate`` (greedy unless ``do_sample``); for a
+                picture, arguments of a call of this pipeline, such as ``generator`` and ``guidance_scale``.
 
+        Returns:
+            A message of the assistant, its content a list of one part.
 
-def _on_white(image: Image.Image) -> Image.Image:
-    """Return the picture as RGB; what is transparent becomes white, as in the training set."""
-    if image.mode == "P" or image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
+        Raises:
+            UserError: a message is none, or the conversation does not end with a user's turn.
+        """
+        if not messages or messages[-1].get("role") != "user":
+            raise UserError("a conversation has to end with a user's turn")
+        if list(modalities) not in (["text"], ["image"]):
+            raise UserError(f"modalities is ['text'] or ['image']: got {list(modalities)}")
+        if self._conversation is None or self._conversation.backbone is not self.backbone:
+            self._conversation = ConversationCache(self.backbone, self.processor)
+        part: dict[str, Any]
+        if modalities[0] == "image":
+            image = self(context=self._conversation.context(messages), **settings).images[0]
+            part = {"type": "image", "image": image}
+        else:
+            words = self._conversation.answer(messages, max_new_tokens=max_new_tokens, streamer=streamer, **settings)
+            self.maybe_free_model_hooks()
+            part = {"type": "text", "text": words}
+        return {"role": "assistant", "content": [part]}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from latteflow.cli.model import DEFAULT_MODEL, DeviceOption, ModelOption, load_pipeline
+from latteflow.cli.pictures import save_picture
 from latteflow.errors import UserError
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def generate(
             {"prompt": prompts[i // num_images], "seed": seed + i, **settings} for i in range(len(prompts) * num_images)
         ]
     for file, image, record in zip(files, images, records, strict=True):
-        _save(_enlarged(image, scale), file, record)
+        save_picture(_enlarged(image, scale), file, record)
         print(file)
 
 
@@ -104,21 +104,3 @@ def _enlarged(image: Image.Image, scale: int) -> Image.Image:
     from PIL import Image
 
     return image.resize((image.width * scale, image.height * scale), Image.Resampling.LANCZOS) if scale > 1 else image
-
-
-def _save(image: Image.Image, file: Path, record: dict[str, object]) -> None:
-    """Write a PNG with its settings as text chunks: under another name first, so that no half file is left."""
-    from PIL.PngImagePlugin import PngInfo
-
-    from latteflow import __version__
-
-    info = PngInfo()
-    for key, value in {**record, "software": f"latteflow {__version__}"}.items():
-        info.add_itxt(key, str(value))
-    partial = file.with_name(f".{file.name}.partial")
-    try:
-        image.save(partial, format="PNG", pnginfo=info)
-        os.replace(partial, file)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"{file} cannot be written: {error}") from error

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from latteflow.cli.ask import ask
+from latteflow.cli.chat import chat
 from latteflow.cli.data import data
 from latteflow.cli.evaluate import evaluate
 from latteflow.cli.generate import generate
@@ -32,7 +33,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for _verb in (generate, ask, info, data, train, evaluate):
+for _verb in (generate, ask, chat, info, data, train, evaluate):
     app.command()(_verb)
 
 

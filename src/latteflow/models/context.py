@@ -15,6 +15,7 @@ from transformers import DynamicCache
 
 from latteflow.errors import UserError
 from latteflow.models.backbones import family_of
+from latteflow.models.backbones.family import Family
 
 
 @dataclass(frozen=True)
@@ -102,12 +103,7 @@ def compute_context(
     if not bool((attention_mask[:, :-1] >= attention_mask[:, 1:]).all()):
         raise ValueError("prompts have to be padded at the end, not in front")
     family, text = family_of(backbone.config), backbone.config.get_text_config()
-    longest = family.longest_prompt(text)
-    if longest is not None and input_ids.shape[1] > longest:
-        raise UserError(
-            f"the prompt has {input_ids.shape[1]} tokens; some layers of this backbone see a window of {longest}, so "
-            "their keys and values of what stands before it are gone: shorten it"
-        )
+    check_length(family, text, input_ids.shape[1])
     positions, next_position = family.positions(backbone, input_ids, attention_mask, pictures)
     cache = DynamicCache(config=text)
     backbone(  # as a whole, so that offloading hooks see the call
@@ -120,6 +116,20 @@ def compute_context(
         **pictures,
     )
     return context_of_cache(cache, attention_mask.bool(), next_position)
+
+
+def check_length(family: Family, text: Any, tokens: int) -> None:
+    """Refuse a prompt that some layers no longer see whole.
+
+    Raises:
+        UserError: it is longer than the window.
+    """
+    longest = family.longest_prompt(text)
+    if longest is not None and tokens > longest:
+        raise UserError(
+            f"the prompt has {tokens} tokens; some layers of this backbone see a window of {longest}, so their keys "
+            "and values of what stands before it are gone: shorten it"
+        )
 
 
 def context_of_cache(cache: DynamicCache, mask: torch.Tensor, next_position: torch.Tensor) -> Context:

@@ -74,7 +74,13 @@ class LatteFlowProcessor(ProcessorMixin):
         Raises:
             UserError: the prompts hold another number of pictures than were given.
         """
-        prompts = [text] if isinstance(text, str) else list(text)
+        inputs, _ = self.prepare([text] if isinstance(text, str) else list(text), images, padding_side=padding_side)
+        return BatchFeature(inputs)
+
+    def prepare(
+        self, prompts: Sequence[str], images: Sequence[Image.Image] | None = None, *, padding_side: str = "left"
+    ) -> tuple[dict[str, torch.Tensor], list[int]]:
+        """Return what a call returns, and how many image tokens each picture takes."""
         images, placeholder = list(images or ()), self._family.placeholder
         counts = [prompt.count(placeholder) for prompt in prompts]
         if sum(counts) != len(images):
@@ -83,6 +89,7 @@ class LatteFlowProcessor(ProcessorMixin):
                 "leave the token out of your words"
             )
         vision: dict[str, torch.Tensor] = {}
+        words: list[str] = []
         if images:
             rest = iter(images)
             vision, words = self._family.pictures(
@@ -93,9 +100,14 @@ class LatteFlowProcessor(ProcessorMixin):
         ids, mask = self._padded(self._token_ids(prompts), padding_side)
         kinds = {}
         if self._family.token_types is not None:
-            image_token_id = self.tokenizer.convert_tokens_to_ids(self._family.image_token)
-            kinds = {self._family.token_types: (ids == image_token_id).long()}
-        return BatchFeature({"input_ids": ids, "attention_mask": mask, **kinds, **vision})
+            kinds = {self._family.token_types: (ids == self.image_token_id).long()}
+        lengths = [word.count(self._family.image_token) for word in words]
+        return {"input_ids": ids, "attention_mask": mask, **kinds, **vision}, lengths
+
+    @property
+    def image_token_id(self) -> int:
+        """Id of the token that a picture is made of."""
+        return int(self.tokenizer.convert_tokens_to_ids(self._family.image_token))  # type: ignore[arg-type]
 
     def chat_prompt(self, question: str, *, pictures: int = 0) -> str:
         """Return one user turn as the backbone's chat template writes it, ready for the assistant's answer."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+import json
+from collections.abc import Container, Mapping
 from math import prod
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 from torch import nn
@@ -12,6 +14,57 @@ from torch import nn
 from latteflow.errors import UserError
 
 _PARTS = ("backbone", "transformer", "vae")
+
+
+_UNSAFE = (".py", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+"""Code, and formats that can hold code."""
+
+
+def refuse_code(settings: Mapping[str, Any]) -> None:
+    """Refuse arguments that would run somebody's code.
+
+    Raises:
+        UserError: one is set.
+    """
+    for name in ("trust_remote_code", "custom_pipeline"):
+        if settings.get(name):
+            raise UserError(f"{name} is not supported: latteflow runs no code that comes with a model")
+
+
+def require_safe(folder: Path) -> None:
+    """Refuse a model's folder that holds code or pickles, or a configuration that asks for code.
+
+    Raises:
+        UserError: it does; the message says what to do.
+    """
+    for file in sorted(folder.rglob("*")):
+        if file.suffix in _UNSAFE:
+            raise UserError(
+                f"{file} is not safe to have in a model's folder: latteflow loads safetensors and JSON only. If the "
+                "weights are in a pickle, convert them (load with the library that wrote them, save_pretrained); "
+                "otherwise move the file away"
+            )
+        if file.suffix == ".json" and file.name.endswith("config.json") and "auto_map" in _json_of(file):
+            raise UserError(f"{file} asks for code that comes with the model (auto_map): latteflow runs none")
+
+
+def backbone_reference(folder: Path) -> tuple[str, str | None] | None:
+    """Return name and revision of the backbone of a pipeline that was saved without it, else None."""
+    index, config = folder / "model_index.json", folder / "transformer" / "config.json"
+    if not index.is_file() or _json_of(index).get("backbone") != [None, None]:
+        return None
+    replica = _json_of(config) if config.is_file() else {}
+    if not replica.get("backbone_name"):
+        raise UserError(f"{folder} was saved without its backbone, and does not name it: pass backbone=...")
+    return replica["backbone_name"], replica.get("backbone_revision")
+
+
+def _json_of(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file} is not JSON: {error}") from error
+    return value if isinstance(value, dict) else {}
 
 
 def require_configs(folder: Path, given: Container[str] = ()) -> None:
@@ -22,16 +75,17 @@ def require_configs(folder: Path, given: Container[str] = ()) -> None:
         given: parts that the caller brings along.
 
     Raises:
-        UserError: a configuration is missing.
+        UserError: a configuration is missing, or there is code or a pickle.
     """
     if not (folder / "model_index.json").is_file():
         return
+    require_safe(folder)
     for name in _PARTS:
         if name not in given and not (folder / name / "config.json").is_file():
             raise UserError(f"{folder} is incomplete: it has no {name}/config.json")
 
 
-def require_weights(folder: Path, backbone: nn.Module, transformer: nn.Module, vae: nn.Module) -> None:
+def require_weights(folder: Path, backbone: nn.Module | None, transformer: nn.Module, vae: nn.Module) -> None:
     """Refuse loaded parts whose weights were not all in the files.
 
     diffusers leaves what it does not find without storage; transformers draws it at random, so that only the number of
@@ -44,6 +98,8 @@ def require_weights(folder: Path, backbone: nn.Module, transformer: nn.Module, v
         missing = [weight for weight, parameter in part.named_parameters() if parameter.is_meta]
         if missing:
             raise UserError(f"{folder}: the {name}'s files lack {len(missing)} of its weights, such as {missing[0]}")
+    if backbone is None:
+        return
     files = sorted((folder / "backbone").glob("*.safetensors"))
     quantized = hasattr(backbone.config, "quantization_config")  # holds fewer, packed, elements
     if files and not quantized:

@@ -101,6 +101,8 @@ class LatteFlowTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         initial_scale: scale(t) of both branches of a layer at the start. [D]
         latents_mean: mean a channel of the latents; empty stands for 0.
         latents_std: spread a channel of the latents; empty stands for 1.
+        backbone_name: folder or hub id of the backbone, so that a model saved without it finds it.
+        backbone_revision: commit of the hub, where known.
 
     Raises:
         UserError: K does not divide L, the edges are not K + 1, or sizes do not fit one another.
@@ -140,6 +142,8 @@ class LatteFlowTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         initial_scale: float = 0.3,
         latents_mean: Sequence[float] = (),
         latents_std: Sequence[float] = (),
+        backbone_name: str | None = None,
+        backbone_revision: str | None = None,
     ) -> None:
         super().__init__()
         self.intervals = Intervals.uniform(num_groups) if intervals is None else Intervals.from_edges(intervals)
