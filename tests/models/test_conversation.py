@@ -152,17 +152,23 @@ def test_a_failure_leaves_no_half_read_cache(backbone, processor):
     cache = ConversationCache(backbone, processor)
     cache.answer([user("What is this?")], max_new_tokens=6)
 
-    class Broken:
-        def put(self, value):
-            raise KeyError("broken")
-
-        def end(self):
-            pass
+    def broken(module, args, kwargs):
+        raise KeyError("broken")
 
     messages = [user("What is this?"), assistant("a red circle"), user("Sure?")]
+    handle = backbone.model.language_model.layers[2].register_forward_pre_hook(broken, with_kwargs=True)
     with pytest.raises(KeyError):
-        cache.answer(messages, max_new_tokens=6, streamer=Broken())
+        cache.answer(messages, max_new_tokens=6)
+    handle.remove()
     assert cache.answer(messages, max_new_tokens=6) == fresh_answer(backbone, processor, messages)
+
+
+@pytest.mark.parametrize("tokens", [1, 6, 200])
+def test_no_more_is_known_than_is_in_the_cache(backbone, processor, tokens):
+    """The last word of an answer is not read by the model that says it."""
+    cache = ConversationCache(backbone, processor)
+    cache.answer([user(RED, "What is this?")], max_new_tokens=tokens)
+    assert len(cache._marks) == cache._cache.get_seq_length()
 
 
 # ---- the pipeline

@@ -8,6 +8,7 @@ from safetensors import safe_open
 
 from latteflow import LatteFlowPipeline
 from latteflow.errors import UserError
+from latteflow.models.autoencoder import small_autoencoder
 from toys import seeded, shake, toy_backbone, toy_picture, toy_processor, toy_tokenizer, toy_vae
 
 SETTINGS = {"num_inference_steps": 2, "output_type": "pt"}
@@ -193,6 +194,28 @@ def test_an_unknown_kind_is_refused_before_its_weights_are_read(tmp_path):
     (tmp_path / "config.json").unlink()
     with pytest.raises(UserError, match=r"holds no config\.json"):
         LatteFlowPipeline.from_backbone(str(tmp_path), toy_vae(), num_groups=2)
+
+
+@pytest.mark.parametrize(("height", "width"), [(256, 256), (512, 256), (512, 512), (256, 768), (1024, 1024)])
+def test_an_autoencoder_of_factor_32_draws_real_sizes(height, width):
+    torch.manual_seed(0)
+    vae = small_autoencoder(latent_channels=4, widths=(8,) * 6, layers=(0, 1, 1, 1, 1, 1)).eval()
+    pipe = LatteFlowPipeline.from_backbone(
+        toy_backbone(), vae, num_groups=2, size=256, time_embedding_size=16, processor=toy_processor()
+    )
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.spatial_factor == 32
+    tokens = []
+    pipe.transformer.layers[0].register_forward_pre_hook(lambda _, args: tokens.append(args[0].shape[1]))
+    assert drawn(pipe, height=height, width=width).shape == (1, 3, height, width)
+    assert tokens == [height * width // 1024]
+    assert drawn(pipe).shape == (1, 3, 256, 256)
+
+
+def test_weights_go_straight_to_a_device(hub):
+    pipe = built(hub, device="cpu")
+    assert {p.device.type for part in (pipe.backbone, pipe.transformer, pipe.vae) for p in part.parameters()} == {"cpu"}
+    assert torch.equal(drawn(pipe), drawn(built(hub)))
 
 
 @pytest.mark.parametrize("size", [(32, 32), (64, 32), (32, 96), (128, 128)])

@@ -17,13 +17,16 @@ from latteflow.models.processor import LatteFlowProcessor
 from latteflow.models.saved import require_safe
 
 
-def load_backbone(name: str, revision: str | None, dtype: torch.dtype) -> PreTrainedModel:
-    """Load a vision-language model, its shards straight to ``dtype``.
+def load_backbone(
+    name: str, revision: str | None, dtype: torch.dtype, device: str | torch.device | None = None
+) -> PreTrainedModel:
+    """Load a vision-language model, its shards straight to ``dtype`` and ``device``.
 
     Args:
         name: a folder or hub id.
         revision: of the hub.
         dtype: of its weights in memory.
+        device: left out, the CPU; anything else needs accelerate.
 
     Raises:
         UserError: there is none, its kind is not supported, or the folder is not safe.
@@ -38,7 +41,13 @@ def load_backbone(name: str, revision: str | None, dtype: torch.dtype) -> PreTra
     config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
     family_of(config)  # before gigabytes are loaded
     return AutoModelForImageTextToText.from_pretrained(
-        name, config=config, revision=revision, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        name,
+        config=config,
+        revision=revision,
+        dtype=dtype,
+        use_safetensors=True,
+        trust_remote_code=False,
+        device_map=None if device is None else {"": torch.device(device)},
     )
 
 
@@ -79,7 +88,7 @@ def _chat_template(name: str, revision: str | None) -> str | None:
     return None
 
 
-def load_autoencoder(name: str, dtype: torch.dtype) -> AutoencoderDC:
+def load_autoencoder(name: str, dtype: torch.dtype, device: str | torch.device | None = None) -> AutoencoderDC:
     """Load a deep-compression autoencoder from a folder or the hub.
 
     Raises:
@@ -87,4 +96,4 @@ def load_autoencoder(name: str, dtype: torch.dtype) -> AutoencoderDC:
     """
     if Path(name).is_dir():
         require_safe(Path(name))
-    return AutoencoderDC.from_pretrained(name, dtype=dtype, use_safetensors=True)
+    return AutoencoderDC.from_pretrained(name, dtype=dtype, use_safetensors=True).to(device or "cpu")

@@ -41,6 +41,7 @@ class StoredPipeline(DiffusionPipeline):
         processor: LatteFlowProcessor | None = None,
         revision: str | None = None,
         dtype: torch.dtype = torch.float32,
+        device: str | torch.device | None = None,
         **settings: Any,
     ) -> Self:
         """Build a pipeline that is ready to be trained: the replica starts from the backbone's weights.
@@ -53,14 +54,15 @@ class StoredPipeline(DiffusionPipeline):
             processor: the backbone's; left out, it is loaded from where the backbone is.
             revision: of the backbone, a branch, tag or commit of the hub.
             dtype: of everything that is loaded.
+            device: where shards are loaded to, one after the other; left out, the CPU.
             **settings: further arguments of ``LatteFlowTransformer``, such as ``residual_attention``.
 
         Raises:
             UserError: the backbone's kind is not supported, or a folder is not safe or not complete.
         """
         name = backbone if isinstance(backbone, str) else backbone.config._name_or_path
-        model = load_backbone(backbone, revision, dtype) if isinstance(backbone, str) else backbone
-        autoencoder = load_autoencoder(vae, dtype) if isinstance(vae, str) else vae
+        model = load_backbone(backbone, revision, dtype, device) if isinstance(backbone, str) else backbone
+        autoencoder = load_autoencoder(vae, dtype, device) if isinstance(vae, str) else vae
         factor = autoencoder.spatial_compression_ratio
         if size < factor or size % factor:
             raise UserError(f"size {size} does not do: give a multiple of the autoencoder's factor {factor}")
