@@ -58,7 +58,7 @@ def test_the_readme_shows_every_verb_that_a_newcomer_needs():
     verbs = {command.split()[1] for command in COMMANDS if command.startswith("latteflow")}
     assert {"generate", "ask", "info", "data", "train"} <= verbs
     assert {"make demo", "make test"} <= set(COMMANDS)
-    assert len(PYTHON) == 1
+    assert len(PYTHON) == 2
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("make")])
@@ -76,6 +76,6 @@ def test_every_latteflow_command_runs(desk):
     assert (desk / "runs/smoke/generator/final/model_index.json").is_file()
 
 
-def test_the_python_example_runs(desk):
-    answer = _run([sys.executable, "-c", PYTHON[0]], desk)
-    assert answer.strip()
+def test_the_python_examples_run_one_after_the_other(desk):
+    answer = _run([sys.executable, "-c", "\n".join(PYTHON)], desk)
+    assert answer.count("\n") == 2
