@@ -159,11 +159,14 @@ def test_code_and_pickles_are_refused_with_advice(hub, tmp_path, name, file):
     place = tmp_path / name / file
     place.parent.mkdir(parents=True, exist_ok=True)
     place.write_bytes(b"x")
-    with pytest.raises(UserError, match=f"{place.name} is not safe .* convert them"):
+
+    def load():
         if name == "pipeline":
-            LatteFlowPipeline.from_pretrained(tmp_path / "pipeline")
-        else:
-            LatteFlowPipeline.from_backbone(str(tmp_path / "backbone"), str(tmp_path / "vae"), num_groups=2, size=32)
+            return LatteFlowPipeline.from_pretrained(tmp_path / "pipeline")
+        return LatteFlowPipeline.from_backbone(str(tmp_path / "backbone"), str(tmp_path / "vae"), num_groups=2, size=32)
+
+    with pytest.raises(UserError, match=f"{place.name} is not safe .* convert them"):
+        load()
 
 
 @pytest.mark.parametrize("part", ["backbone", "transformer", "processor"])

@@ -1,6 +1,10 @@
 """The loop by itself, on a regression of three numbers: resuming, averaging, accumulating, stopping."""
 
+import itertools
 import json
+import os
+import re
+import signal
 
 import pytest
 import torch
@@ -8,15 +12,17 @@ from safetensors.torch import load_file
 from torch import nn
 
 from latteflow.errors import UserError
-from latteflow.train import checkpoint
+from latteflow.train import checkpoint, loop
 from latteflow.train.checkpoint import checkpoint_folders
-from latteflow.train.loop import TrainingDiverged, train
+from latteflow.train.guard import TrainingDiverged
+from latteflow.train.loop import train
 from latteflow.train.recipe import AutoencoderRecipe
+from latteflow.train.stage import Stage
 
-PARTS = {"model.safetensors", "ema.safetensors", "optimizer.pt", "state.json"}
+PARTS = {"model.safetensors", "ema.safetensors", "optimizer.pt", "state.json", "manifest.json"}
 
 
-class Regression:
+class Regression(Stage):
     """y = W x + b on 12 fixed samples; the parameter ``frozen`` does not train."""
 
     number = 12
@@ -33,10 +39,11 @@ class Regression:
     def to(self, device):
         assert device.type == "cpu"
 
-    def loss(self, model, index, generator):
+    def loss(self, model, samples, data):
+        index = samples.index
         self.seen.append(index.tolist())
-        y = self.y[index] + self.noise * torch.randn(len(index), 1, generator=generator)
-        loss = (model(self.x[index]) - y).square().mean()
+        y = self.y[index] + self.noise * samples.randn((1,))
+        loss = (model(self.x[index]) - y).square().mean() * samples.share
         if self.poison is not None and len(self.seen) >= self.poison:
             loss = loss * float("nan")
         return loss, {"samples": torch.tensor(float(len(index)))}
@@ -182,7 +189,7 @@ def test_watchers_get_the_figures(tmp_path):
     seen = []
     train(recipe(tmp_path), Regression(), watch=seen.append)
     assert [progress.step for progress in seen] == list(range(1, 21))
-    assert seen[0].figures.keys() == {"samples", "learning_rate", "gradient_norm"}
+    assert seen[0].figures.keys() == {"samples", "learning_rate", "gradient_norm", "samples_per_second"}
     assert seen[-1].loss < seen[0].loss
     assert seen[1].figures["learning_rate"] == pytest.approx(0.05 * 2 / 3)  # warming up over 3 steps
     assert seen[-1].figures["learning_rate"] == pytest.approx(0, abs=1e-4)  # cosine, to nothing
@@ -197,45 +204,93 @@ def test_only_what_trains_is_trained_and_only_matrices_decay(tmp_path):
     assert [group["weight_decay"] for group in optimizer["param_groups"]] == [0.1, 0.0]
 
 
-def test_an_interrupted_save_leaves_no_visible_checkpoint(tmp_path, monkeypatch):
+def failing_saves(monkeypatch, *numbers):
+    """Let the given ones of all files written fail, counted from 1: two a checkpoint."""
     written, save_file = [], checkpoint.save_file
 
-    def fails_later(tensors, file):
+    def fails(tensors, file):
         written.append(file)
-        if len(written) == 4:  # the averaged weights of the second checkpoint
-            raise OSError("disk full")
+        if len(written) in numbers:
+            raise OSError("no space left on device")
         save_file(tensors, file)
 
-    monkeypatch.setattr(checkpoint, "save_file", fails_later)
-    with pytest.raises(OSError, match="disk full"):
+    monkeypatch.setattr(checkpoint, "save_file", fails)
+
+
+def test_a_save_that_fails_is_said_and_training_goes_on(tmp_path, monkeypatch, caplog):
+    failing_saves(monkeypatch, 4, 5)  # the second checkpoint's averaged weights, the third's weights
+    train(recipe(tmp_path, keep_checkpoints=9), Regression())
+    assert [folder.name for folder in checkpoint_folders(tmp_path)] == ["step-00000005", "step-00000020"]
+    assert not list((tmp_path / "checkpoints").glob(".*"))
+    said = [record.message for record in caplog.records if record.levelname == "ERROR"]
+    assert len(said) == 2
+    assert re.search(r"step-00000010 cannot be written: no space left .* the last good checkpoint is kept", said[0])
+    train(recipe(tmp_path / "straight"), Regression())
+    assert_same(newest(tmp_path), newest(tmp_path / "straight"))
+
+
+def test_a_last_save_that_fails_is_an_error(tmp_path, monkeypatch):
+    failing_saves(monkeypatch, 7)
+    with pytest.raises(OSError, match="step-00000020 cannot be written: no space left"):
         train(recipe(tmp_path), Regression())
-    assert [folder.name for folder in checkpoint_folders(tmp_path)] == ["step-00000005"]
-    assert [folder.name for folder in (tmp_path / "checkpoints").glob("[!.]*")] == ["step-00000005"]
+    assert [folder.name for folder in checkpoint_folders(tmp_path)] == ["step-00000010", "step-00000015"]
+    assert not (tmp_path / "final").exists()
     monkeypatch.undo()
     train(recipe(tmp_path), Regression())
     train(recipe(tmp_path / "straight"), Regression())
     assert_same(newest(tmp_path), newest(tmp_path / "straight"))
-    assert not list((tmp_path / "checkpoints").glob(".*"))
 
 
-def test_an_incomplete_folder_is_no_checkpoint(tmp_path):
-    with pytest.raises(Stopped):
-        train(recipe(tmp_path), Regression(), watch=stop_after(10))
-    (checkpoint_folders(tmp_path)[-1] / "optimizer.pt").unlink()
-    assert [folder.name for folder in checkpoint_folders(tmp_path)] == ["step-00000005"]
+DAMAGE = {
+    "truncated": lambda file: file.write_bytes(file.read_bytes()[:-1]),
+    "flipped": lambda file: file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:]),
+    "empty": lambda file: file.write_bytes(b""),
+    "missing": lambda file: file.unlink(),
+}
 
 
 @pytest.mark.parametrize("part", sorted(PARTS))
-@pytest.mark.parametrize("damage", ["truncated", "foreign", "empty"])
-def test_a_damaged_checkpoint_is_named(tmp_path, part, damage):
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, part, damage, caplog):
     with pytest.raises(Stopped):
         train(recipe(tmp_path), Regression(), watch=stop_after(10))
     file = checkpoint_folders(tmp_path)[-1] / part
-    content = file.read_bytes()
-    file.write_bytes({"truncated": content[: len(content) // 2], "foreign": b"[1, 2] not it", "empty": b""}[damage])
-    with pytest.raises(UserError, match=r"step-00000010.* cannot be read .*: delete it") as caught:
+    DAMAGE[damage](file)
+    stage = Regression()
+    train(recipe(tmp_path), stage)
+    assert len(stage.seen) == 15  # from step 5 on
+    assert str(file) in caplog.text
+    assert "going back to an older checkpoint" in caplog.text
+    train(recipe(tmp_path / "straight"), Regression())
+    assert_same(newest(tmp_path), newest(tmp_path / "straight"))
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(tmp_path):
+    with pytest.raises(Stopped):
+        train(recipe(tmp_path), Regression(), watch=stop_after(10))
+    for folder in checkpoint_folders(tmp_path):
+        DAMAGE["truncated"](folder / "ema.safetensors")
+    with pytest.raises(UserError, match=r"no checkpoint of .* is whole .*ema\.safetensors has .*: delete") as caught:
         train(recipe(tmp_path), Regression())
     assert "\n" not in str(caught.value)
+
+
+def test_older_checkpoints_stay_until_the_new_one_reads_back_right(tmp_path, monkeypatch):
+    with pytest.raises(Stopped):
+        train(recipe(tmp_path), Regression(), watch=stop_after(10))
+    sync = checkpoint._sync
+
+    def lying_disk(path):
+        """Loses a byte behind the manifest's back."""
+        if path.name == "manifest.json":
+            DAMAGE["truncated"](path.parent / "model.safetensors")
+        sync(path)
+
+    monkeypatch.setattr(checkpoint, "_sync", lying_disk)
+    with pytest.raises(checkpoint.CheckpointDamaged, match=r"step-00000015.model\.safetensors has"):
+        train(recipe(tmp_path), Regression())
+    kept = [folder.name for folder in checkpoint_folders(tmp_path)]
+    assert kept == ["step-00000005", "step-00000010", "step-00000015"]
 
 
 def test_a_checkpoint_of_other_shapes_is_named(tmp_path):
@@ -252,35 +307,106 @@ def test_a_checkpoint_of_another_model_is_named(tmp_path):
         train(recipe(tmp_path, steps=30), other)
 
 
-def test_a_loss_that_is_no_number_ends_the_run_and_spares_the_checkpoint(tmp_path):
-    stage = Regression()
-    stage.poison = 13
-    with pytest.raises(TrainingDiverged, match=r"step 15: .*nan.*lower train\.learning_rate"):
-        train(recipe(tmp_path, log_every=100), stage)
-    name, model, ema = newest(tmp_path)
-    assert name == "step-00000010"
-    assert all(tensor.isfinite().all() for tensors in (model, ema) for tensor in tensors.values())
+@pytest.mark.parametrize("poison", [1, 13, 15, 20])
+def test_a_loss_that_is_no_number_stops_before_the_update(tmp_path, poison):
+    stage, weights = Regression(), []
+    stage.poison = poison
+    with pytest.raises(TrainingDiverged, match=rf"step {poison}: the loss is nan.*lower train\.learning_rate"):
+        train(recipe(tmp_path, log_every=1), stage, watch=lambda _: weights.append(stage.model.weight.detach().clone()))
+    assert len(weights) == poison - 1
+    if weights:
+        assert torch.equal(stage.model.weight, weights[-1])
+    (file,) = (tmp_path / "nonfinite").iterdir()
+    told = json.loads(file.read_text())
+    assert told["step"] == poison
+    assert [i for part in told["parts"] for i in part["samples"]] == stage.seen[-1]
     assert not (tmp_path / "final").exists()
 
 
-def test_a_gradient_that_is_no_number_is_never_saved(tmp_path):
-    """The loss of the step is finite still; the weights after it are not."""
-    stage = Regression()
+class Poisoned(Regression):
+    """Its gradient is no number in the given calls, though its loss is."""
 
-    class Root(torch.autograd.Function):
-        @staticmethod
-        def forward(context, x):
-            return x.clone()
+    def __init__(self, *calls, **settings):
+        super().__init__(**settings)
+        self.calls = calls
 
-        @staticmethod
-        def backward(context, gradient):
-            return gradient * float("inf") if len(stage.seen) == 10 else gradient
+    def loss(self, model, samples, data):
+        loss, figures = super().loss(model, samples, data)
+        if len(self.seen) in self.calls:
+            loss = loss + (model.weight.sum() * 0).sqrt() * 0
+        return loss, figures
 
-    loss = stage.loss
-    stage.loss = lambda *given: (Root.apply(loss(*given)[0]), {})
-    with pytest.raises(TrainingDiverged, match="step 10"):
+
+def test_a_gradient_that_is_no_number_stops_before_the_update(tmp_path):
+    stage = Poisoned(10)
+    with pytest.raises(TrainingDiverged, match=r"step 10: the loss is [0-9.]+, its gradient's norm nan"):
         train(recipe(tmp_path, log_every=100), stage)
     assert newest(tmp_path)[0] == "step-00000005"
+    assert stage.model.weight.isfinite().all()
+
+
+def test_updates_that_are_no_numbers_are_left_out(tmp_path):
+    stage, weights = Poisoned(7, 8), []
+    train(
+        recipe(tmp_path, nonfinite="skip", nonfinite_patience=2),
+        stage,
+        watch=lambda _: weights.append(stage.model.weight.detach().clone()),
+    )
+    assert len(weights) == 20
+    same = [i for i, pair in enumerate(itertools.pairwise(weights), start=2) if torch.equal(*pair)]
+    assert same == [7, 8]
+    assert len(list((tmp_path / "nonfinite").iterdir())) == 2
+
+
+def test_too_many_updates_in_a_row_stop_the_run(tmp_path):
+    with pytest.raises(TrainingDiverged, match=r"step 9: .*, 3 times in a row"):
+        train(recipe(tmp_path, nonfinite="skip", nonfinite_patience=2), Poisoned(7, 8, 9))
+    train(recipe(tmp_path / "apart", nonfinite="skip", nonfinite_patience=2), Poisoned(5, 6, 8, 9, 12))
+
+
+def test_sigterm_saves_the_step_at_hand_and_stops(tmp_path):
+    stage = Regression(noise=0.5)
+
+    def terminate(progress):
+        if progress.step == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(loop.Stopped, match=r"stopped after step 8 of 20, saved"):
+        train(recipe(tmp_path), stage, watch=terminate)
+    assert newest(tmp_path)[0] == "step-00000008"
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    train(recipe(tmp_path), Regression(noise=0.5))
+    train(recipe(tmp_path / "straight"), Regression(noise=0.5))
+    assert_same(newest(tmp_path), newest(tmp_path / "straight"))
+
+
+class Reading(Regression):
+    """Reads its samples in ``read``, which may be another process."""
+
+    def read(self, samples):
+        return self.x[samples.index], self.y[samples.index], samples.index.tolist(), os.getpid()
+
+    def loss(self, model, samples, data):
+        x, y, index, process = data
+        self.seen.append(index)
+        self.processes = {process} | getattr(self, "processes", set())
+        return (model(x) - y - self.noise * samples.randn((1,))).square().mean() * samples.share, {}
+
+
+@pytest.mark.parametrize("stop", [10, 13])
+def test_worker_processes_change_nothing(tmp_path, stop):
+    """12 samples, 5 a step: stopped in the middle of an epoch, resumed across its end."""
+    straight, read = Reading(noise=0.5), Reading(noise=0.5)
+    train(recipe(tmp_path / "straight"), straight)
+    with pytest.raises(Stopped):
+        train(recipe(tmp_path / "read", workers=2), read, watch=stop_after(stop))
+    again = Reading(noise=0.5)
+    train(recipe(tmp_path / "read", workers=2), again)
+    assert read.seen[:10] + again.seen == straight.seen
+    assert straight.processes == {os.getpid()}
+    assert os.getpid() not in again.processes
+    assert len(again.processes) == 2
+    assert_same(newest(tmp_path / "read"), newest(tmp_path / "straight"))
 
 
 def test_gradients_are_clipped(tmp_path):

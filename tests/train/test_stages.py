@@ -13,6 +13,7 @@ from latteflow.data import prompts
 from latteflow.data.captioned import CaptionedImages, load_captioned_images
 from latteflow.data.loader import generator_of
 from latteflow.errors import UserError
+from latteflow.flow.objective import layerwise_flow_loss
 from latteflow.models.answers import greedy_answers
 from latteflow.models.processor import LatteFlowProcessor
 from latteflow.pipeline import LatteFlowPipeline
@@ -23,6 +24,7 @@ from latteflow.train.checkpoint import checkpoint_folders
 from latteflow.train.generator import GeneratorStage
 from latteflow.train.loop import train
 from latteflow.train.recipe import AutoencoderSection, BackboneSection, GeneratorSection, Recipe
+from latteflow.train.samples import Samples
 from toys import seeded, shake, toy_recipe
 
 STAGES = ["autoencoder", "backbone", "generator"]
@@ -116,7 +118,7 @@ def test_the_autoencoders_options_change_its_loss(toy_set):
         torch.manual_seed(0)
         stage = AutoencoderStage(section, images, heldout)
         shake(stage.model, seeded(), 0.02)
-        loss, figures = stage.loss(stage.model, torch.arange(6), generator_of(0))
+        loss, figures = stage.loss(stage.model, samples_of(torch.arange(6), 0), None)
         expected = figures["pixel"] + options.get("gradient_weight", 0.0) * figures["edge"]
         torch.testing.assert_close(loss.detach(), expected)
         losses[name] = loss.item()
@@ -124,8 +126,8 @@ def test_the_autoencoders_options_change_its_loss(toy_set):
 
 
 def test_the_backbone_learns_a_batch_by_heart_and_is_exported(tmp_path, toy_set):
-    recipe = recipe_of("backbone", tmp_path, toy_set, None, steps=100, learning_rate=5e-3, ema_decay=0.5,
-                       preview_every=100, checkpoint_every=100)  # fmt: skip
+    recipe = recipe_of("backbone", tmp_path, toy_set, None, steps=200, learning_rate=5e-3, ema_decay=0.5,
+                       preview_every=200, checkpoint_every=200)  # fmt: skip
     images = load_captioned_images(toy_set, "train", styles=["solid"])
     images = CaptionedImages(images.pixels[:6], images.records[:6])
     once = {"augment": False, "text_share": 0.0, "turns": 1, "conversation_share": 1.0, "class_weight": 0.0}
@@ -170,11 +172,16 @@ def test_the_generator_learns_a_batch_and_draws(tmp_path, toy_set, parts):
     assert {file.name for file in final.iterdir()} > {"model_index.json", "transformer", "vae", "backbone"}
 
 
+def samples_of(index, seed):
+    """A whole batch of given samples."""
+    return Samples(index, torch.arange(len(index)), len(index), len(index), seed, 0)
+
+
 def fixed_loss(stage):
     """The loss of the same draws at every call."""
     index = torch.arange(3).repeat(40)
     with torch.no_grad():
-        return stage.loss(stage.model, index, generator_of(0, "fixed"))[0].item()
+        return stage.loss(stage.model, samples_of(index, 0), None)[0].item()
 
 
 @torch.no_grad()
@@ -211,9 +218,14 @@ def test_prompts_are_dropped_for_guidance(generator_stage, dropout, own):
     stage = generator_stage
     stage.settings = stage.settings.model_copy(update={"prompt_dropout": dropout})
     contexts = []
-    stage._flow_loss = lambda model, x_1, context, generator: contexts.append((x_1, context))
+
+    def recorded(model, x_0, x_1, groups, t, context):
+        contexts.append((x_1, context))
+        return layerwise_flow_loss(x_0, x_1, groups, 2)
+
+    stage._flow_loss = recorded
     index = torch.tensor([7, 0, 35])
-    stage.loss(stage.model, index, generator_of(0))
+    stage.loss(stage.model, samples_of(index, 0), None)
     x_1, context = contexts[0]
     assert torch.equal(x_1, stage.latents[index])
     empty = int(stage.contexts.next_position[-1])
@@ -226,7 +238,7 @@ def test_prompts_are_dropped_for_guidance(generator_stage, dropout, own):
 def test_the_generators_loss_is_told_by_group_and_every_group_learns(generator_stage):
     stage = generator_stage
     shake(stage.model, seeded())
-    loss, figures = stage.loss(stage.model, torch.arange(8), generator_of(0))
+    loss, figures = stage.loss(stage.model, samples_of(torch.arange(8), 0), None)
     assert figures.keys() == {"loss/group-0", "loss/group-1"}
     assert loss.item() == pytest.approx(sum(float(part) for part in figures.values()) / 2, rel=1e-5)
     loss.backward()
@@ -315,7 +327,7 @@ def test_the_backbones_word_loss_is_transformers_own(toy_set, text_share):
         handed.update(pixel_values=pixel_values, grid=grid, shown=shown, ids=ids, labels=labels)
         return stage.model(pixel_values, grid, shown, ids, labels)
 
-    _, figures = stage.loss(recorded, torch.arange(8), generator_of(0))
+    _, figures = stage.loss(recorded, samples_of(torch.arange(8), 0), None)
     shown = handed["shown"]
     assert len(shown) in {0.0: (8,), 0.5: range(2, 7), 1.0: (0,)}[text_share]
     ids = handed["ids"]
@@ -335,13 +347,13 @@ def test_the_backbones_word_loss_is_transformers_own(toy_set, text_share):
 
 def test_the_backbones_loss_is_its_words_and_its_classes(toy_set):
     stage = backbone_stage(toy_set, text_share=0.5, class_weight=0.3)
-    loss, figures = stage.loss(stage.model, torch.arange(12), generator_of(0))
+    loss, figures = stage.loss(stage.model, samples_of(torch.arange(12), 0), None)
     classes = [figures[f"loss/{key}"] for key in ("concept", "style", "group")]
     torch.testing.assert_close(loss.detach(), figures["loss/words"] + 0.3 * sum(classes))
     loss.backward()
     assert all(p.grad is not None for p in stage.model.parameters())
-    assert torch.equal(stage.loss(stage.model, torch.arange(12), generator_of(0))[0], loss)
-    assert not torch.equal(stage.loss(stage.model, torch.arange(12), generator_of(1))[0], loss)
+    assert torch.equal(stage.loss(stage.model, samples_of(torch.arange(12), 0), None)[0], loss)
+    assert not torch.equal(stage.loss(stage.model, samples_of(torch.arange(12), 1), None)[0], loss)
 
 
 def test_the_exported_backbone_has_no_heads(toy_set, tmp_path):

@@ -21,8 +21,9 @@ def train(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from latteflow.train.build import build_stage
+    from latteflow.train.guard import TrainingDiverged
     from latteflow.train.loop import Progress as Step
-    from latteflow.train.loop import TrainingDiverged
+    from latteflow.train.loop import Stopped
     from latteflow.train.loop import train as run
     from latteflow.train.recipe import load_recipe
 
@@ -46,6 +47,9 @@ def train(
 
         try:
             final = run(settings, stage, watch=watch)
-        except TrainingDiverged as error:
+        except Stopped as stop:
+            console.print(str(stop), highlight=False)
+            return
+        except (TrainingDiverged, OSError) as error:
             raise UserError(str(error)) from error
     print(f"trained weights: {final}")

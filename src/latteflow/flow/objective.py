@@ -20,11 +20,13 @@ class FlowLoss:
         total: Scalar to call ``backward`` on: the mean over the samples.
         per_group: Mean over each group's samples, shape (K,), detached, for the logs; 0 where ``counts`` is 0.
         counts: Samples of each group, shape (K,), int64.
+        per_sample: Mean over each sample's elements, shape (B,), to build another sum from.
     """
 
     total: Tensor
     per_group: Tensor
     counts: Tensor
+    per_sample: Tensor
 
 
 def layerwise_flow_loss(v: Tensor, u: Tensor, groups: Tensor, num_groups: int) -> FlowLoss:
@@ -59,4 +61,4 @@ def layerwise_flow_loss(v: Tensor, u: Tensor, groups: Tensor, num_groups: int) -
     counts = counts.index_add(0, groups, torch.ones_like(groups))
     # index_add, not a product with a mask: one sample's NaN must show in its own group only.
     sums = torch.zeros(num_groups, dtype=dtype, device=v.device).index_add(0, groups, per_sample.detach())
-    return FlowLoss(total=per_sample.mean(), per_group=sums / counts.clamp(min=1), counts=counts)
+    return FlowLoss(per_sample.mean(), sums / counts.clamp(min=1), counts, per_sample)

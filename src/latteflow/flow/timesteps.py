@@ -21,7 +21,8 @@ MIN_UNIFORM_MIX = 0.1
 _MIN_INTERVAL_MASS = 1e-9
 
 
-def sample_timesteps(
+def timesteps_of(
+    draws: Tensor,
     groups: Tensor,
     intervals: Intervals,
     *,
@@ -29,15 +30,15 @@ def sample_timesteps(
     mean: float = 0.0,
     std: float = 1.0,
     uniform_mix: float = MIN_UNIFORM_MIX,
-    generator: torch.Generator,
 ) -> Tensor:
-    """Draw one training time a sample, inside the interval of the sample's group.
+    """Return one training time a sample, inside the interval of the sample's group.
 
     "uniform" is the paper's ``t ~ U[t_k, t_{k+1})``. "logit_normal" [D] is *one* density over all of [0, 1],
     ``logit(t) ~ N(mean, std^2)``, restricted to the interval and renormalised (so the experts together see the
     global density's shape, not K copies of it), and mixed with the uniform density of the interval.
 
     Args:
+        draws: Uniform in [0, 1), float64, shape (2, B). Both are used up whatever the density is.
         groups: Group of each sample, shape (B,), int64 in [0, K).
         intervals: The groups' intervals.
         density: "uniform" or "logit_normal".
@@ -45,7 +46,6 @@ def sample_timesteps(
         std: Spread of logit(t), above 0. Used by "logit_normal" only.
         uniform_mix: Share of uniform draws, in [0.1, 1] [D]: a logit-normal vanishes at t = 0 and t = 1, yet a solver
             calls each expert at the very edges of its interval. Used by "logit_normal" only.
-        generator: Source of the draws. Two numbers a sample are drawn whatever the density is.
 
     Returns:
         ``t``, shape (B,), float32, on the device of ``groups``; ``intervals.group_of(t)`` equals ``groups``.
@@ -56,12 +56,12 @@ def sample_timesteps(
         ValueError: If a group does not exist.
     """
     num_groups = len(intervals)
-    k = groups.to(generator.device)
+    k = groups.to(draws.device)
     if bool(((k < 0) | (k >= num_groups)).any()):
         raise ValueError(f"groups must be in [0, {num_groups}), not {groups.tolist()}")
     edges = torch.tensor(intervals.edges, dtype=torch.float64, device=k.device)
     lo, hi = edges[k], edges[k + 1]
-    r, coin = torch.rand((2, *k.shape), generator=generator, dtype=torch.float64, device=k.device)
+    r, coin = draws
     t = lo + (hi - lo) * r
     if density == "logit_normal":
         _check_logit_normal(mean, std, uniform_mix)
@@ -77,11 +77,27 @@ def sample_timesteps(
     return t.clamp(lo, inner).to(groups.device, torch.float32)
 
 
+def sample_timesteps(
+    groups: Tensor,
+    intervals: Intervals,
+    *,
+    density: Literal["uniform", "logit_normal"] = "uniform",
+    mean: float = 0.0,
+    std: float = 1.0,
+    uniform_mix: float = MIN_UNIFORM_MIX,
+    generator: torch.Generator,
+) -> Tensor:
+    """Draw one training time a sample from ``generator``; the rest is as in ``timesteps_of``."""
+    draws = torch.rand((2, *groups.shape), generator=generator, dtype=torch.float64, device=generator.device)
+    return timesteps_of(draws, groups, intervals, density=density, mean=mean, std=std, uniform_mix=uniform_mix)
+
+
 def balanced_groups(batch_size: int, num_groups: int, *, generator: torch.Generator) -> Tensor:
     """Share a batch out among the groups as evenly as it divides, in random order.
 
-    The counts differ by at most 1. Who gets one more is drawn at random, so on average the shares are equal, also where
-    the batch is smaller than the number of groups.
+    Every K places in a row hold each group once, so that a process that takes a run of them has its share of every
+    group. The counts differ by at most 1; who gets one more is drawn at random, so on average the shares are equal,
+    also where the batch is smaller than the number of groups.
 
     Args:
         batch_size: B, at least 1.
@@ -96,10 +112,9 @@ def balanced_groups(batch_size: int, num_groups: int, *, generator: torch.Genera
     """
     if batch_size < 1 or num_groups < 1:
         raise ValueError(f"batch_size and num_groups must be at least 1, not {batch_size} and {num_groups}")
-    device = generator.device
-    everyone = torch.arange(num_groups, device=device).repeat(batch_size // num_groups)
-    lucky = torch.randperm(num_groups, generator=generator, device=device)[: batch_size % num_groups]
-    return torch.cat([everyone, lucky])[torch.randperm(batch_size, generator=generator, device=device)]
+    rounds = -(-batch_size // num_groups)
+    order = torch.rand((rounds, num_groups), generator=generator, device=generator.device).argsort(dim=1)
+    return order.flatten()[:batch_size]
 
 
 def _check_logit_normal(mean: float, std: float, uniform_mix: float) -> None:

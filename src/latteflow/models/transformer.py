@@ -11,6 +11,7 @@ Notable:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -109,7 +110,8 @@ class LatteFlowTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
     """
 
     config: Any
-    _supports_gradient_checkpointing = False
+    gradient_checkpointing = False
+    _supports_gradient_checkpointing = True
     _no_split_modules = ("ReplicaLayer",)
 
     @register_to_config
@@ -198,7 +200,8 @@ class LatteFlowTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         v = torch.empty_like(x_t)
         for group in present:
             index = (groups == group).nonzero()[:, 0]
-            v[index] = self.expert(group, x_t[index], t[index], context.select(index)).to(v.dtype)
+            # Trimmed, so that a group computes what it would without the others, to the bit.
+            v[index] = self.expert(group, x_t[index], t[index], context.select(index).trim()).to(v.dtype)
         return v
 
     def expert(self, group: int, x_t: torch.Tensor, t: torch.Tensor, context: Context) -> torch.Tensor:
@@ -214,7 +217,8 @@ class LatteFlowTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
         attention_map = None
         for number in self.layers_of(group):
-            x, attention_map = self.layers[number](
+            x, attention_map = self._run(
+                self.layers[number],
                 x,
                 time,
                 rotary=local_rotary if number in self.config.local_layers else rotary,
@@ -224,6 +228,12 @@ class LatteFlowTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
             )
 
         return unpatchify(io.velocity(x, time), self.config.patch_size, height, width)
+
+    def _run(self, layer: nn.Module, *given: torch.Tensor, **named: Any) -> Any:
+        """Call a layer; with gradient checkpointing, forget its activations until they are needed."""
+        if torch.is_grad_enabled() and self.gradient_checkpointing:
+            return self._gradient_checkpointing_func(partial(layer, **named), *given)
+        return layer(*given, **named)
 
     def _rotary(
         self, start: torch.Tensor, rows: int, columns: int

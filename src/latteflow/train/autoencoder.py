@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -13,9 +14,11 @@ from latteflow.data.captioned import CaptionedImages
 from latteflow.data.grid import picture_grid
 from latteflow.models.autoencoder import small_autoencoder
 from latteflow.train.recipe import AutoencoderSection
+from latteflow.train.samples import Samples
+from latteflow.train.stage import Stage
 
 
-class AutoencoderStage:
+class AutoencoderStage(Stage):
     """L1 on pixels and, if asked, on the differences of neighbouring pixels. [D: the paper takes a trained DC-AE.]"""
 
     def __init__(self, settings: AutoencoderSection, images: CaptionedImages, heldout: CaptionedImages) -> None:
@@ -30,17 +33,16 @@ class AutoencoderStage:
         """Remember where batches go."""
         self.device = device
 
-    def loss(
-        self, model: nn.Module, index: torch.Tensor, generator: torch.Generator
-    ) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
-        """Return the reconstruction loss of pictures ``index``, half of them mirrored at random."""
-        x = self.images.batch(index)
+    def loss(self, model: nn.Module, samples: Samples, data: Any) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
+        """Return the reconstruction loss of pictures, half of them mirrored at random."""
+        x, generator = self.images.batch(samples.index), samples.generator
         mirrored = torch.rand(len(x), generator=generator) < 0.5
         x = torch.where(mirrored[:, None, None, None], x.flip(-1), x).to(self.device)
         y = model(x).sample if not self.settings.latent_noise else self._noisy(x, generator)
         pixel = (y.float() - x).abs().mean()
         edge = _edge_loss(y.float(), x)
-        return pixel + self.settings.gradient_weight * edge, {"pixel": pixel.detach(), "edge": edge.detach()}
+        loss = (pixel + self.settings.gradient_weight * edge) * samples.share
+        return loss, {"pixel": pixel.detach(), "edge": edge.detach()}
 
     def _noisy(self, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Decode latents with a little noise on them, so that the decoder forgives a generator's small errors."""

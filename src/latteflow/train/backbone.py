@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,6 +20,8 @@ from latteflow.models.answers import greedy_answers
 from latteflow.models.backbones.small_qwen2_vl import small_backbone, small_processor, train_tokenizer
 from latteflow.models.processor import IMAGE_TOKEN, PICTURE
 from latteflow.train.recipe import BackboneSection
+from latteflow.train.samples import Samples
+from latteflow.train.stage import Stage
 
 _IGNORED = -100  # transformers' label of positions that carry no loss
 
@@ -90,7 +93,7 @@ class SupervisedBackbone(nn.Module):
         return functional.cross_entropy(answers.float(), labels[:, 1:][predicts]), scores
 
 
-class BackboneStage:
+class BackboneStage(Stage):
     """Next-token prediction on the answers of short conversations; every picture is classified as well."""
 
     def __init__(self, settings: BackboneSection, images: CaptionedImages, heldout: CaptionedImages) -> None:
@@ -126,11 +129,9 @@ class BackboneStage:
         """Remember where batches go."""
         self.device = device
 
-    def loss(
-        self, model: nn.Module, index: torch.Tensor, generator: torch.Generator
-    ) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
-        """Return the cross entropy of answers about some of pictures ``index``, and of all their classes."""
-        settings = self.settings
+    def loss(self, model: nn.Module, samples: Samples, data: Any) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
+        """Return the cross entropy of answers about some of the pictures, and of all their classes."""
+        settings, index, generator = self.settings, samples.index, samples.generator
         records = [self.images.records[i] for i in index.tolist()]
         number = max(1, round(settings.conversation_share * len(records)))
         seen = torch.rand(number, generator=generator) >= settings.text_share
@@ -153,7 +154,7 @@ class BackboneStage:
             part = functional.cross_entropy(scores[key].float(), wanted, label_smoothing=0.1)
             figures[f"loss/{key}"] = part.detach()
             total = total + settings.class_weight * part
-        return total, figures
+        return total * samples.share, figures
 
     def _conversation(self, record: Record, seen: bool, generator: torch.Generator) -> Conversation:
         """Return questions about a picture, or (unseen) a loose description to be said properly."""

@@ -6,9 +6,11 @@ once, and a step runs the replica alone.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderDC
@@ -22,21 +24,23 @@ from latteflow.data.grid import picture_grid
 from latteflow.data.loader import generator_of
 from latteflow.data.prompts import canonical_caption, draw_caption
 from latteflow.errors import UserError
-from latteflow.flow.objective import layerwise_flow_loss
+from latteflow.flow.objective import FlowLoss, layerwise_flow_loss
 from latteflow.flow.path import interpolate, target_velocity
 from latteflow.flow.schedulers import make_scheduler
-from latteflow.flow.timesteps import balanced_groups, sample_timesteps
+from latteflow.flow.timesteps import balanced_groups, timesteps_of
 from latteflow.models.autoencoder import encode_pictures
 from latteflow.models.context import Context, concatenate
 from latteflow.models.processor import LatteFlowProcessor
 from latteflow.models.transformer import LatteFlowTransformer
 from latteflow.pipeline import LatteFlowPipeline
 from latteflow.train.recipe import GeneratorSection
+from latteflow.train.samples import Samples
+from latteflow.train.stage import Stage
 
 _PROMPTS_AT_ONCE = 256
 
 
-class GeneratorStage:
+class GeneratorStage(Stage):
     """The layerwise flow-matching loss on latents, the prompt dropped now and then for classifier-free guidance."""
 
     def __init__(
@@ -63,6 +67,8 @@ class GeneratorStage:
         )
         self.pipe = LatteFlowPipeline(backbone, processor, replica, self.vae, make_scheduler("euler"))
         self.pipe.set_progress_bar_config(disable=True)
+        if settings.groups is not None:
+            _train_only(replica, settings.groups)
         self.model: nn.Module = replica
         self.device = torch.device("cpu")
 
@@ -76,48 +82,99 @@ class GeneratorStage:
         self.heldout_latents = self._encode(self.heldout)
         self.heldout_contexts = self._contexts([canonical_caption(record) for record in self.heldout.records])
 
-    def loss(
-        self, model: nn.Module, index: torch.Tensor, generator: torch.Generator
-    ) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
-        """Return the layerwise flow-matching loss of pictures ``index``, and each group's part of it."""
+    def chosen(self, batch_size: int, seed: int, step: int) -> torch.Tensor | None:
+        """Return the places of the groups that are trained, where those are not all."""
+        if self.settings.groups is None:
+            return None
+        groups = self._groups(batch_size, seed, step)
+        return torch.isin(groups, torch.tensor(self.settings.groups)).nonzero()[:, 0]
+
+    def loss(self, model: nn.Module, samples: Samples, data: Any) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
+        """Return what pictures add to the layerwise flow-matching loss, and each group's mean."""
         settings = self.settings
-        caption = torch.randint(settings.captions_per_image, (len(index),), generator=generator)
-        dropped = torch.rand(len(index), generator=generator) < settings.prompt_dropout
+        caption = samples.integers(settings.captions_per_image)
+        dropped = samples.rand() < settings.prompt_dropout
         # The empty prompt's context stands behind all others.
-        which = torch.where(dropped, len(self.contexts) - 1, index * settings.captions_per_image + caption)
+        which = torch.where(dropped, len(self.contexts) - 1, samples.index * settings.captions_per_image + caption)
+        x_1 = self.latents[samples.index.to(self.device)]
+        groups, t = self._times(samples)
+        x_0 = samples.randn(x_1.shape[1:]).to(self.device)
         context = self.contexts.select(which.to(self.device)).trim()
-        return self._flow_loss(model, self.latents[index.to(self.device)], context, generator)
+        found = self._flow_loss(model, x_0, x_1, groups.to(self.device), t.to(self.device), context)
+        figures = {f"loss/group-{k}": part for k, part in enumerate(found.per_group) if int(found.counts[k])}
+        if settings.shared_io:
+            return found.total * samples.share, figures
+        # No weight is shared: each group has its own loss, as it would by itself.
+        every = torch.bincount(self._groups(samples.batch_size, samples.seed, samples.step))
+        return (found.per_sample / every[groups].to(found.per_sample)).sum(), figures
 
     def _flow_loss(
-        self, model: nn.Module, x_1: torch.Tensor, context: Context, generator: torch.Generator
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        settings, replica = self.settings, self.pipe.transformer
-        groups = balanced_groups(len(x_1), settings.num_groups, generator=generator)
-        t = sample_timesteps(
+        self,
+        model: nn.Module,
+        x_0: torch.Tensor,
+        x_1: torch.Tensor,
+        groups: torch.Tensor,
+        t: torch.Tensor,
+        context: Context,
+    ) -> FlowLoss:
+        v = model(interpolate(x_0, x_1, t), t, context)
+        return layerwise_flow_loss(v.float(), target_velocity(x_0, x_1), groups, self.settings.num_groups)
+
+    def _groups(self, batch_size: int, seed: int, step: int) -> torch.Tensor:
+        """Return the group of every place of a step's batch: the same in every process."""
+        generator = generator_of(seed, "groups", step)
+        return balanced_groups(batch_size, self.settings.num_groups, generator=generator)
+
+    def _times(self, samples: Samples) -> tuple[torch.Tensor, torch.Tensor]:
+        groups = self._groups(samples.batch_size, samples.seed, samples.step)[samples.places]
+        return groups, self._times_in(groups, torch.stack([samples.rand(), samples.rand()]))
+
+    def _times_in(self, groups: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+        settings = self.settings
+        return timesteps_of(
+            draws,
             groups,
-            replica.intervals,
+            self.pipe.transformer.intervals,
             density=settings.density,
             mean=settings.logit_mean,
             std=settings.logit_std,
             uniform_mix=settings.uniform_mix,
-            generator=generator,
-        ).to(self.device)
-        x_0 = torch.randn(x_1.shape, generator=generator).to(self.device)
-        v = model(interpolate(x_0, x_1, t), t, context)
-        loss = layerwise_flow_loss(v.float(), target_velocity(x_0, x_1), groups.to(self.device), settings.num_groups)
-        figures = {f"loss/group-{k}": part for k, part in enumerate(loss.per_group.detach())}
-        return loss.total, figures
+        )
+
+    def clipped_together(self) -> Sequence[tuple[str, Sequence[nn.Parameter]]]:
+        """Return all parameters as one, or, where groups share none, each group's."""
+        replica = self.pipe.transformer
+        if self.settings.shared_io:
+            return super().clipped_together()
+        sets = []
+        for group in range(self.settings.num_groups):
+            modules = [*(replica.layers[i] for i in replica.layers_of(group)), replica.io[group]]
+            parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+            if parameters:
+                sets.append((f"group-{group}", parameters))
+        return sets
+
+    def describe(self, samples: Samples) -> dict[str, list[Any]]:
+        """Return each sample's group and t."""
+        again = dataclasses.replace(samples)  # whose draws begin anew
+        again.integers(self.settings.captions_per_image)
+        again.rand()
+        groups, t = self._times(again)
+        return {"group": groups.tolist(), "t": t.tolist()}
 
     def validate(self) -> dict[str, float]:
         """Return the loss on held-out pictures with their canonical captions: same noise and times at every call."""
-        total = 0.0
-        parts = torch.arange(len(self.heldout)).split(256)
-        for number, index in enumerate(parts):
+        total = torch.zeros(())
+        for number, index in enumerate(torch.arange(len(self.heldout)).split(256)):
             generator = generator_of(self.seed, "validate", number)
+            groups = balanced_groups(len(index), self.settings.num_groups, generator=generator)
+            t = self._times_in(groups, torch.rand((2, len(index)), generator=generator, dtype=torch.float64))
+            x_1 = self.heldout_latents[index.to(self.device)]
+            x_0 = torch.randn(x_1.shape, generator=generator).to(self.device)
             context = self.heldout_contexts.select(index.to(self.device))
-            loss, _ = self._flow_loss(self.model, self.heldout_latents[index.to(self.device)], context, generator)
-            total += loss.item() * len(index)
-        return {"loss": total / len(self.heldout)}
+            found = self._flow_loss(self.model, x_0, x_1, groups.to(self.device), t.to(self.device), context)
+            total += found.total.cpu() * len(index)
+        return {"loss": total.item() / len(self.heldout)}
 
     def preview(self) -> Image.Image:
         """Return four pictures for each preview prompt, side by side, two prompts a row."""
@@ -165,6 +222,14 @@ class GeneratorStage:
             for start in range(0, len(captions), _PROMPTS_AT_ONCE)
         ]
         return concatenate(found)
+
+
+def _train_only(replica: LatteFlowTransformer, groups: Sequence[int]) -> None:
+    """Leave every group's weights but these as they are."""
+    replica.requires_grad_(False)
+    for group in groups:
+        for module in (*(replica.layers[i] for i in replica.layers_of(group)), replica.io[group]):
+            module.requires_grad_(True)
 
 
 def _load_autoencoder(folder: str) -> AutoencoderDC:

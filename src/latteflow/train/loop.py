@@ -7,11 +7,13 @@ random follow from them, so that a resumed run repeats the straight one bit for 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
-import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import contextmanager
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +23,30 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader, Dataset
 
-from latteflow.data.loader import batch_indices, generator_of
+from latteflow.data.loader import generator_of
 from latteflow.errors import UserError
-from latteflow.train.checkpoint import checkpoint_folders, load_checkpoint, save_checkpoint
+from latteflow.train.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from latteflow.train.distributed import (
+    anywhere,
+    load_whole,
+    shard,
+    sharded_optimizer_state,
+    summed,
+    whole,
+    whole_state,
+)
+from latteflow.train.guard import Guard
+from latteflow.train.meter import Meter, matrix_rate
+from latteflow.train.optimizer import build_optimizer
 from latteflow.train.recipe import StageRecipe, TrainSection, resolved
+from latteflow.train.samples import Samples, step_samples
 from latteflow.train.stage import Stage
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -40,14 +60,23 @@ class Progress:
     """Wall time since the run (or its resumption) began."""
     figures: dict[str, float]
     """The logged figures; validation figures where the step has them."""
+    first: int = 0
+    """The step that the run was resumed from."""
+
+    @property
+    def seconds_left(self) -> float:
+        """The time the rest takes at the speed so far."""
+        return self.seconds / max(self.step - self.first, 1) * (self.steps - self.step)
 
 
-class TrainingDiverged(RuntimeError):
-    """The loss is no longer a finite number."""
+class Stopped(Exception):
+    """The run was asked to stop, has saved its state, and goes on when it is started again."""
 
 
 def train(recipe: StageRecipe, stage: Stage, *, watch: Callable[[Progress], None] = lambda progress: None) -> Path:
     """Train a stage as its recipe says, resuming from the newest checkpoint of the recipe's output folder.
+
+    SIGTERM ends the run after the step at hand, saved.
 
     Returns:
         The folder ``<output>/final`` with the averaged (EMA) weights, in the form that users load.
@@ -55,6 +84,8 @@ def train(recipe: StageRecipe, stage: Stage, *, watch: Callable[[Progress], None
     Raises:
         UserError: a checkpoint does not fit the recipe or cannot be read.
         TrainingDiverged: the loss is not finite; the last checkpoint is left in place.
+        OSError: the last checkpoint or the final weights cannot be written.
+        Stopped: after SIGTERM.
     """
     settings, output = recipe.train, Path(recipe.output)
     if settings.cpu_threads:
@@ -66,23 +97,16 @@ def train(recipe: StageRecipe, stage: Stage, *, watch: Callable[[Progress], None
         log_with=None if settings.tracker == "none" else settings.tracker,
         project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / "logs")),
     )
+    if settings.batch_size % accelerator.num_processes:
+        raise UserError(f"batch_size {settings.batch_size} does not divide among {accelerator.num_processes} processes")
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
-    accelerator.init_trackers("tensorboard" if settings.tracker == "tensorboard" else "run")
+    accelerator.init_trackers("tensorboard" if settings.tracker == "tensorboard" else "latteflow")
     run = _Run(accelerator, recipe, settings, output, stage)
-    run.steps(watch)
+    with _asked_to_stop() as asked:
+        run.steps(watch, asked)
     accelerator.end_training()
-    final = output / "final"
-    if accelerator.is_main_process:
-        partial = output / ".final.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        with run.averaged_weights():
-            stage.export(partial)
-        (partial / "recipe.json").write_text(json.dumps(resolved(recipe), indent=2) + "\n")
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(partial, final)
-    accelerator.wait_for_everyone()
-    return final
+    return run.export()
 
 
 class _Run:
@@ -93,76 +117,121 @@ class _Run:
     ) -> None:
         self.accelerator, self.recipe, self.settings = accelerator, recipe, settings
         self.output, self.stage = output, stage
+        checkpoint = newest_checkpoint(output)
+        saved = None if checkpoint is None else load_checkpoint(checkpoint)
+        self.start = 0 if saved is None else saved[0]
+        stage.to(accelerator.device)
+        self.model = self._placed(stage.model)
         self.parameters = {name: p for name, p in stage.model.named_parameters() if p.requires_grad}
-        optimizer = torch.optim.AdamW(
-            _decay_groups(self.parameters.values(), settings.weight_decay),
-            lr=settings.learning_rate,
-            betas=(0.9, settings.beta2),
-        )
-        schedule = get_scheduler(
+        if saved is not None:
+            _load_parameters(self.parameters, saved[1], checkpoint)
+        optimizer = build_optimizer(stage.model, settings)
+        self.schedule = get_scheduler(
             settings.schedule,
             optimizer,
             num_warmup_steps=settings.warmup_steps,
             num_training_steps=settings.steps,
         )
-        self.start = 0
-        checkpoints = checkpoint_folders(output)
-        ema_state = None
-        if checkpoints:
-            self.start, model_state, ema_state, optimizer_state = load_checkpoint(checkpoints[-1])
-            _load_parameters(self.parameters, model_state, checkpoints[-1])
-            optimizer.load_state_dict(optimizer_state["optimizer"])
-            schedule.load_state_dict(optimizer_state["schedule"])
-        stage.to(accelerator.device)
-        self.model, self.optimizer = accelerator.prepare(stage.model, optimizer)
-        self.schedule = schedule
+        if saved is not None:
+            state = saved[3]["optimizer"]
+            if settings.strategy == "fsdp2":
+                order = [p for group in optimizer.param_groups for p in group["params"]]
+                state = sharded_optimizer_state(state, order)
+            optimizer.load_state_dict(state)
+            self.schedule.load_state_dict(saved[3]["schedule"])
+        self.optimizer = accelerator.prepare(optimizer)
         self.ema = EMAModel(list(self.parameters.values()), decay=settings.ema_decay, use_ema_warmup=True, power=0.75)
         self.ema.optimization_step = self.start
-        if ema_state is not None:
-            shadow = dict(zip(self.parameters, self.ema.shadow_params, strict=True))
-            _load_parameters(shadow, ema_state, checkpoints[-1])
+        if saved is not None:
+            _load_parameters(dict(zip(self.parameters, self.ema.shadow_params, strict=True)), saved[2], checkpoint)
+        self.guard = Guard(
+            stage,
+            accelerator,
+            clip=settings.gradient_clip,
+            policy=settings.nonfinite,
+            patience=settings.nonfinite_patience,
+            folder=output / "nonfinite",
+        )
 
-    def steps(self, watch: Callable[[Progress], None]) -> None:
-        """Run from the resumed step to the last."""
-        began = time.monotonic()
-        for step in range(self.start, self.settings.steps):
-            loss, figures = self._step(step)
-            done, last = step + 1, step + 1 == self.settings.steps
-            at_log = last or done % self.settings.log_every == 0
-            at_preview = last or done % self.settings.preview_every == 0
-            if last or done % self.settings.checkpoint_every == 0:
-                _require_finite(loss, figures["gradient_norm"], done)
-                self._save(done)
-            if not (at_log or at_preview):
-                continue
-            _require_finite(loss, figures["gradient_norm"], done)
-            logged: dict[str, float] = {name: float(value) for name, value in figures.items()}
-            logged["learning_rate"] = float(self.schedule.get_last_lr()[0])
-            if at_preview:
-                logged |= self._preview(done)
-            self.accelerator.log({"loss": loss.item(), **logged}, step=done)
-            watch(Progress(done, self.settings.steps, loss.item(), time.monotonic() - began, logged))
-
-    def _step(self, step: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def _placed(self, model: nn.Module) -> nn.Module:
+        """Return what a step calls: the model on its device, compiled, and spread over the processes."""
         settings, accelerator = self.settings, self.accelerator
-        index = batch_indices(step, number=self.stage.number, batch_size=settings.batch_size, seed=settings.seed)
-        mine = index.tensor_split(accelerator.num_processes)[accelerator.process_index]
-        parts = mine.tensor_split(settings.gradient_accumulation_steps)
+        if settings.activation_checkpointing:
+            model.enable_gradient_checkpointing()  # type: ignore[operator]
+        if settings.compile:
+            for module in model.modules():
+                if type(module).__name__ in (getattr(model, "_no_split_modules", None) or ()):
+                    module.compile()
+        if settings.strategy == "fsdp2" and accelerator.num_processes > 1:
+            model.to(accelerator.device)
+            shard(model, accelerator, half=settings.mixed_precision == "bf16")
+            return model
+        return accelerator.prepare(model)
+
+    def steps(self, watch: Callable[[Progress], None], asked: threading.Event) -> None:
+        """Run from the resumed step to the last."""
+        settings, meter = self.settings, self._meter()
+        for step, (samples, data) in enumerate(self._batches(), start=self.start):
+            loss, figures = self._step(step, samples, data)
+            meter.count(sum(map(len, samples)) * self.accelerator.num_processes)
+            done, last = step + 1, step + 1 == settings.steps
+            stop = anywhere(asked.is_set(), self.accelerator) and not last
+            if last or stop or done % settings.checkpoint_every == 0:
+                self._save(done, must=last or stop)
+            at_preview = last or done % settings.preview_every == 0
+            if at_preview or done % settings.log_every == 0:
+                logged: dict[str, float] = {name: float(value) for name, value in figures.items()}
+                logged |= {"learning_rate": float(self.schedule.get_last_lr()[0]), **meter.reading()}
+                if at_preview:
+                    logged |= self._preview(done)
+                total = float(summed(loss.clone(), self.accelerator))
+                self.accelerator.log({"loss": total, **logged}, step=done)
+                watch(Progress(done, settings.steps, total, meter.seconds, logged, self.start))
+            if stop:
+                raise Stopped(f"stopped after step {done} of {settings.steps}, saved; start it again to go on")
+
+    def _batches(self) -> Iterator[tuple[list[Samples], list[Any]]]:
+        """Yield each step's samples and what is read for them, in worker processes where there are some."""
+        settings, accelerator = self.settings, self.accelerator
+        steps = _Steps(self.stage, settings, accelerator.process_index, accelerator.num_processes)
+        loader = DataLoader(
+            steps,
+            batch_size=None,
+            sampler=range(self.start, settings.steps),
+            num_workers=settings.workers,
+            collate_fn=_as_it_is,
+        )
+        yield from loader
+
+    def _step(self, step: int, samples: list[Samples], data: list[Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        accelerator = self.accelerator
+        torch.manual_seed(_module_seed(self.settings.seed, step, accelerator.process_index))
         total = torch.zeros((), device=accelerator.device)
-        figures: Mapping[str, torch.Tensor] = {}
-        for number, part in enumerate(parts):
-            generator = generator_of(settings.seed, "step", step, accelerator.process_index, number)
-            with accelerator.autocast():  # around the loss alone: autocast keeps cast weights until it is left
-                loss, figures = self.stage.loss(self.model, part, generator)
-            weight = len(part) / len(mine)
-            accelerator.backward(loss * weight)
-            total += loss.detach() * weight
-        norm = accelerator.clip_grad_norm_(self.parameters.values(), settings.gradient_clip)
+        figures: dict[str, torch.Tensor] = {}
+        for number, (part, read) in enumerate(zip(samples, data, strict=True), start=1):
+            with nullcontext() if number == len(samples) else accelerator.no_sync(self.model):
+                with accelerator.autocast():  # around the loss alone: autocast keeps cast weights until it is left
+                    loss, seen = self.stage.loss(self.model, part, read)
+                # DDP and FSDP2 take the mean over processes, of which each brings its own share.
+                accelerator.backward(loss * accelerator.num_processes if accelerator.num_processes > 1 else loss)
+            total += loss.detach()
+            for name, value in seen.items():
+                figures[name] = figures.get(name, 0) + value / len(samples)
+        norms = self.guard.clip_gradients({"all": total, **figures}, samples, step + 1)
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.step(self.parameters.values())
-        return total, {**figures, "gradient_norm": torch.as_tensor(norm)}
+        names = {"all": "gradient_norm"}
+        return total, {**figures, **{names.get(k, f"gradient_norm/{k}"): norm for k, norm in norms.items()}}
+
+    def _meter(self) -> Meter:
+        flops, accelerator = self.stage.flops_per_sample(), self.accelerator
+        half = self.settings.mixed_precision == "bf16"
+        if flops is None:
+            return Meter(None, None)
+        rate = matrix_rate(accelerator.device, torch.bfloat16 if half else torch.float32)
+        return Meter(flops, rate * accelerator.num_processes)
 
     def _preview(self, step: int) -> dict[str, float]:
         with self.averaged_weights(), self.accelerator.autocast():
@@ -174,18 +243,42 @@ class _Run:
             picture.save(folder / f"step-{step:08d}.png")
         return figures
 
-    def _save(self, step: int) -> None:
+    def _save(self, step: int, *, must: bool) -> None:
+        """Save; where it may fail (a full disk), say so, keep the last good one and go on."""
+        model = {name: whole(p.detach()) for name, p in self.parameters.items()}
+        ema = {name: whole(p) for name, p in zip(self.parameters, self.ema.shadow_params, strict=True)}
+        optimizer = {"optimizer": whole_state(self.optimizer.state_dict()), "schedule": self.schedule.state_dict()}
         if self.accelerator.is_main_process:
-            save_checkpoint(
-                self.output,
-                step,
-                model={name: p.detach() for name, p in self.parameters.items()},
-                ema=dict(zip(self.parameters, self.ema.shadow_params, strict=True)),
-                optimizer={"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict()},
-                recipe=resolved(self.recipe),
-                keep=self.settings.keep_checkpoints,
-            )
+            seen = step * self.settings.batch_size
+            state = {"epoch": seen // self.stage.number, "place": seen % self.stage.number}
+            try:
+                save_checkpoint(
+                    self.output,
+                    step,
+                    model=model,
+                    ema=ema,
+                    optimizer=optimizer,
+                    state={**state, "recipe": resolved(self.recipe)},
+                    keep=self.settings.keep_checkpoints,
+                )
+            except OSError as error:
+                if must:
+                    raise
+                _log.error("%s; the last good checkpoint is kept and training goes on", error)
         self.accelerator.wait_for_everyone()
+
+    def export(self) -> Path:
+        """Write the averaged weights for users, complete or not at all."""
+        final, partial = self.output / "final", self.output / ".final.partial"
+        with self.averaged_weights(), _unsharded(self.stage.model):
+            if self.accelerator.is_main_process:
+                shutil.rmtree(partial, ignore_errors=True)
+                self.stage.export(partial)
+                (partial / "recipe.json").write_text(json.dumps(resolved(self.recipe), indent=2) + "\n")
+                shutil.rmtree(final, ignore_errors=True)
+                os.replace(partial, final)
+            self.accelerator.wait_for_everyone()
+        return final
 
     @contextmanager
     def averaged_weights(self) -> Any:
@@ -202,24 +295,70 @@ class _Run:
             self.ema.restore(parameters)
 
 
-def _require_finite(loss: torch.Tensor, gradient_norm: torch.Tensor, step: int) -> None:
-    if not (torch.isfinite(loss) and torch.isfinite(gradient_norm)):
-        raise TrainingDiverged(
-            f"step {step}: the loss is {loss.item()}, its gradient's norm {gradient_norm.item()}; "
-            "lower train.learning_rate"
+class _Steps(Dataset[tuple[list[Samples], list[Any]]]):
+    """Step numbers to a process's samples of the step and what is read for them."""
+
+    def __init__(self, stage: Stage, settings: TrainSection, process: int, processes: int) -> None:
+        self.stage, self.settings = stage, settings
+        self.process, self.processes = process, processes
+
+    def __getitem__(self, step: int) -> tuple[list[Samples], list[Any]]:
+        settings = self.settings
+        samples = step_samples(
+            step,
+            number=self.stage.number,
+            batch_size=settings.batch_size,
+            seed=settings.seed,
+            chosen=self.stage.chosen(settings.batch_size, settings.seed, step),
+            process=self.process,
+            processes=self.processes,
+            parts=settings.gradient_accumulation_steps,
         )
+        return samples, [self.stage.read(part) for part in samples]
 
 
-def _decay_groups(parameters: Iterable[torch.nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """Decay matrices and kernels only: norms, biases and gates have one dimension or none."""
-    parameters = list(parameters)
-    return [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+def _as_it_is(item: Any) -> Any:
+    return item
+
+
+def _module_seed(seed: int, step: int, process: int) -> int:
+    """Return the seed of what modules themselves draw in a step, such as dropout."""
+    return generator_of(seed, "modules", step, process).initial_seed()
+
+
+@contextmanager
+def _asked_to_stop() -> Iterator[threading.Event]:
+    """Turn SIGTERM into an event for a while; where signals are not ours to take, it is never set."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _unsharded(model: nn.Module) -> Iterator[None]:
+    """Let a sharded model hold whole parameters for a while; every process has to take part."""
+    sharded = [
+        (module, name, parameter)
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if isinstance(parameter, DTensor)
     ]
+    for module, name, parameter in sharded:
+        setattr(module, name, nn.Parameter(whole(parameter.detach()), requires_grad=parameter.requires_grad))
+    try:
+        yield
+    finally:
+        for module, name, parameter in sharded:
+            setattr(module, name, parameter)
 
 
-def _load_parameters(parameters: Mapping[str, torch.Tensor], state: dict[str, torch.Tensor], folder: Path) -> None:
+def _load_parameters(parameters: Mapping[str, torch.Tensor], state: dict[str, torch.Tensor], folder: Any) -> None:
     """Copy ``state`` into ``parameters``; they have to agree in names and shapes."""
     for name in sorted(set(parameters) ^ set(state)):
         raise UserError(f"checkpoint {folder} does not fit this recipe (weight {name!r}): give another `output`")
@@ -230,4 +369,4 @@ def _load_parameters(parameters: Mapping[str, torch.Tensor], state: dict[str, to
                     f"checkpoint {folder} does not fit this recipe: {name} is {tuple(state[name].shape)}, "
                     f"the recipe makes it {tuple(parameter.shape)}; give another `output`"
                 )
-            parameter.copy_(state[name])
+            load_whole(parameter, state[name])

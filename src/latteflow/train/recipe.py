@@ -57,12 +57,18 @@ class TrainSection(Section):
     batch_size: PositiveInt
     """Samples an optimizer step, over all processes and accumulation steps together."""
     gradient_accumulation_steps: PositiveInt = 1
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """``muon``: Muon for the matrices inside the network, AdamW for the rest."""
     learning_rate: PositiveFloat = 1e-3
     weight_decay: NonNegativeFloat = 0.0
     beta2: Probability = 0.99
     warmup_steps: NonNegativeInt = 100
     schedule: Literal["constant", "cosine"] = "cosine"
     gradient_clip: PositiveFloat = 1.0
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """What to do when a loss or gradient is no number: stop, or leave the update out."""
+    nonfinite_patience: PositiveInt = 3
+    """How many updates in a row may be left out."""
     ema_decay: Probability = 0.999
     mixed_precision: Literal["no", "bf16"] = "bf16"
     seed: NonNegativeInt = 0
@@ -70,8 +76,16 @@ class TrainSection(Section):
     preview_every: PositiveInt = 500
     """Steps between picture grids and validation figures."""
     checkpoint_every: PositiveInt = 500
-    keep_checkpoints: PositiveInt = 2
-    tracker: Literal["tensorboard", "none"] = "tensorboard"
+    keep_checkpoints: Annotated[int, Field(ge=2)] = 2
+    tracker: Literal["tensorboard", "trackio", "wandb", "none"] = "tensorboard"
+    strategy: Literal["ddp", "fsdp2"] = "ddp"
+    """How several processes share the work: whole weights in each, or sharded."""
+    activation_checkpointing: bool = False
+    """Compute a layer's activations again in the backward pass: less memory, a third more work."""
+    compile: bool = False
+    """Compile the repeated layers with torch.compile."""
+    workers: NonNegativeInt = 0
+    """Processes that read samples ahead; 0 reads in the run's own."""
     cpu_threads: PositiveInt | None = None
     """Threads on CPU; left out, PyTorch's own choice."""
 
@@ -131,6 +145,9 @@ class GeneratorSection(Section):
     """Edges of the timestep intervals; left out, uniform."""
     residual_attention: Literal["probs", "logits", "none"] = "probs"
     shared_io: bool = True
+    """One patch embedding, time embedding and head for all groups; if false, groups share no trainable weight."""
+    groups: tuple[NonNegativeInt, ...] | None = None
+    """The groups to train; left out, all. Others keep their weights. Needs ``shared_io: false``."""
     patch_size: PositiveInt = 1
     time_embedding_size: PositiveInt = 128
     initial_scale: float = 0.3
@@ -144,6 +161,17 @@ class GeneratorSection(Section):
     """Captions drawn for each picture ahead of training; their contexts are computed once."""
     preview_prompts: tuple[str, ...] = ("a slice of pizza, noto style",)
     guidance_scale: float = 3.0
+
+    @model_validator(mode="after")
+    def _groups_are_apart(self) -> GeneratorSection:
+        if self.groups is not None:
+            if self.shared_io:
+                raise ValueError(
+                    "groups can be trained one by one only where they share no weight: set shared_io=false"
+                )
+            if not self.groups or not set(self.groups) <= set(range(self.num_groups)):
+                raise ValueError(f"groups has to name some of 0 to {self.num_groups - 1}")
+        return self
 
 
 class StageRecipe(Section):
