@@ -42,7 +42,7 @@ class Regression(Stage):
     def loss(self, model, samples, data):
         index = samples.index
         self.seen.append(index.tolist())
-        y = self.y[index] + self.noise * samples.randn((1,))
+        y = self.y[index] + self.noise * samples.randn("noise", (1,))
         loss = (model(self.x[index]) - y).square().mean() * samples.share
         if self.poison is not None and len(self.seen) >= self.poison:
             loss = loss * float("nan")
@@ -390,7 +390,7 @@ class Reading(Regression):
         x, y, index, process = data
         self.seen.append(index)
         self.processes = {process} | getattr(self, "processes", set())
-        return (model(x) - y - self.noise * samples.randn((1,))).square().mean() * samples.share, {}
+        return (model(x) - y - self.noise * samples.randn("noise", (1,))).square().mean() * samples.share, {}
 
 
 @pytest.mark.parametrize("stop", [10, 13])

@@ -21,6 +21,7 @@ from latteflow.train.autoencoder import AutoencoderStage
 from latteflow.train.backbone import BackboneStage
 from latteflow.train.build import build_stage
 from latteflow.train.checkpoint import checkpoint_folders
+from latteflow.train.feeds import MemoryFeed
 from latteflow.train.generator import GeneratorStage
 from latteflow.train.loop import train
 from latteflow.train.recipe import AutoencoderSection, BackboneSection, GeneratorSection, Recipe
@@ -150,17 +151,17 @@ def test_the_generator_learns_a_batch_and_draws(tmp_path, toy_set, parts):
                        ema_decay=0.5, preview_every=80, checkpoint_every=80)  # fmt: skip
     images = load_captioned_images(toy_set, "train", styles=["solid"])
     images = CaptionedImages(images.pixels[:3], images.records[:3])
-    stage = GeneratorStage(recipe.generator, images, images, seed=0)
+    stage = GeneratorStage(recipe.generator, MemoryFeed(images, images, 2, 0), size=32, seed=0)
     stage.to(torch.device("cpu"))
     frozen = {name: tensor.clone() for name, tensor in (*stage.pipe.backbone.state_dict().items(),
-                                                        *stage.vae.state_dict().items())}  # fmt: skip
+                                                        *stage.pipe.vae.state_dict().items())}  # fmt: skip
     logits = logits_of(stage.pipe)
     before = fixed_loss(stage)
     final = train(recipe, stage)
     assert before > 1.5  # a fresh replica predicts velocity zero: noise and data both have spread 1
     assert fixed_loss(stage) < 0.4 * before
 
-    for name, tensor in (*stage.pipe.backbone.state_dict().items(), *stage.vae.state_dict().items()):
+    for name, tensor in (*stage.pipe.backbone.state_dict().items(), *stage.pipe.vae.state_dict().items()):
         assert torch.equal(tensor, frozen[name])
     assert torch.equal(logits_of(stage.pipe), logits)
 
@@ -199,18 +200,18 @@ def generator_stage(tmp_path, toy_set, parts):
 
 def test_the_generator_reads_what_it_computed_ahead(generator_stage):
     stage = generator_stage
-    assert stage.latents.shape == (36, 4, 4, 4)
-    torch.testing.assert_close(stage.latents.mean((0, 2, 3)), torch.zeros(4), rtol=0, atol=1e-4)
-    torch.testing.assert_close(stage.latents.std((0, 2, 3)), torch.ones(4), rtol=0, atol=1e-4)
-    assert len(stage.contexts) == 36 * 2 + 1
-    caption = prompts.draw_caption(stage.images.records[5], generator_of(0, "caption", 5, 1))
+    assert stage.feed.latents.shape == (36, 4, 4, 4)
+    torch.testing.assert_close(stage.feed.latents.mean((0, 2, 3)), torch.zeros(4), rtol=0, atol=1e-4)
+    torch.testing.assert_close(stage.feed.latents.std((0, 2, 3)), torch.ones(4), rtol=0, atol=1e-4)
+    assert len(stage.feed.contexts) == 36 * 2 + 1
+    caption = prompts.draw_caption(stage.feed.images.records[5], generator_of(0, "caption", 5, 1))
     alone = stage.pipe.encode_prompt([caption])
     length = alone.mask.shape[1]
-    assert int(stage.contexts.next_position[11]) == length
+    assert int(stage.feed.contexts.next_position[11]) == length
     torch.testing.assert_close(
-        stage.contexts.keys[11, :, :, :length].float(), alone.keys[0], rtol=1e-2, atol=2e-2
+        stage.feed.contexts.keys[11, :, :, :length].float(), alone.keys[0], rtol=1e-2, atol=2e-2
     )  # kept in bfloat16
-    assert int(stage.contexts.next_position[-1]) == int(stage.pipe.encode_prompt([""]).next_position[0])
+    assert int(stage.feed.contexts.next_position[-1]) == int(stage.pipe.encode_prompt([""]).next_position[0])
 
 
 @pytest.mark.parametrize(("dropout", "own"), [(0.0, True), (1.0, False)])
@@ -227,10 +228,10 @@ def test_prompts_are_dropped_for_guidance(generator_stage, dropout, own):
     index = torch.tensor([7, 0, 35])
     stage.loss(stage.model, samples_of(index, 0), None)
     x_1, context = contexts[0]
-    assert torch.equal(x_1, stage.latents[index])
-    empty = int(stage.contexts.next_position[-1])
+    assert torch.equal(x_1, stage.feed.latents[index])
+    empty = int(stage.feed.contexts.next_position[-1])
     for row, i in enumerate(index.tolist()):
-        candidates = stage.contexts.next_position[2 * i : 2 * i + 2].tolist() if own else [empty]
+        candidates = stage.feed.contexts.next_position[2 * i : 2 * i + 2].tolist() if own else [empty]
         assert int(context.next_position[row]) in candidates
         assert (int(context.next_position[row]) == empty) == (not own)
 
@@ -245,7 +246,7 @@ def test_the_generators_loss_is_told_by_group_and_every_group_learns(generator_s
     for layer in stage.model.layers:
         assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in layer.parameters())
     assert all(p.grad is None for p in stage.pipe.backbone.parameters())
-    assert all(p.grad is None for p in stage.vae.parameters())
+    assert all(p.grad is None for p in stage.pipe.vae.parameters())
 
 
 def test_validation_says_the_same_twice_and_leaves_no_trace(generator_stage):
@@ -304,7 +305,7 @@ def test_a_generator_that_cannot_be_built_is_refused(tmp_path, toy_set, parts, c
     section = GeneratorSection(autoencoder=f"{parts}/autoencoder", backbone=f"{parts}/backbone", **change)
     images = load_captioned_images(toy_set, "heldout")
     with pytest.raises(UserError, match=message):
-        GeneratorStage(section, images, images, seed=0)
+        GeneratorStage(section, MemoryFeed(images, images, 2, 0), size=32, seed=0)
 
 
 def backbone_stage(toy_set, **changes):

@@ -7,6 +7,7 @@ import torch
 from latteflow.data.captioned import CaptionedImages, load_captioned_images
 from latteflow.train.autoencoder import AutoencoderStage
 from latteflow.train.backbone import BackboneStage
+from latteflow.train.feeds import MemoryFeed
 from latteflow.train.generator import GeneratorStage
 from latteflow.train.recipe import AutoencoderRecipe, BackboneRecipe, DataSection, GeneratorRecipe
 from latteflow.train.stage import Stage
@@ -24,7 +25,8 @@ def build_stage(recipe: AutoencoderRecipe | BackboneRecipe | GeneratorRecipe) ->
         return AutoencoderStage(recipe.autoencoder, images, heldout)
     if isinstance(recipe, BackboneRecipe):
         return BackboneStage(recipe.backbone, images, heldout)
-    return GeneratorStage(recipe.generator, images, heldout, seed=recipe.train.seed)
+    feed = MemoryFeed(images, heldout, recipe.generator.captions_per_image, recipe.train.seed)
+    return GeneratorStage(recipe.generator, feed, size=images.pixels.shape[-1], seed=recipe.train.seed)
 
 
 def load_split(data: DataSection, split: str) -> CaptionedImages:

@@ -11,8 +11,11 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import distributed, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from latteflow.models.transformer import LatteFlowTransformer
 
 Strategy = Literal["ddp", "fsdp2"]
 
@@ -29,13 +32,18 @@ def shard(model: nn.Module, accelerator: Accelerator, *, half: bool) -> None:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if half else None
-    settings: dict[str, Any] = {"mesh": mesh, **({} if policy is None else {"mp_policy": policy})}
+    # Inputs stay as they are: bfloat16 has 8 bits, which would send times to other experts.
+    half_weights = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32, "cast_forward_inputs": False}
+    policy = MixedPrecisionPolicy(**half_weights) if half else MixedPrecisionPolicy()
+    # The outermost module too, or what a preview gathered there, averaged weights, would be what trains on.
+    settings: dict[str, Any] = {"mesh": mesh, "mp_policy": policy, "reshard_after_forward": True}
     names = tuple(getattr(model, "_no_split_modules", None) or ())
     for module in model.modules():
         if type(module).__name__ in names:
             fully_shard(module, **settings)
     fully_shard(model, **settings)
+    if isinstance(model, LatteFlowTransformer):
+        model.run_groups_of_all_processes = True
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -93,3 +101,14 @@ def summed(value: torch.Tensor, accelerator: Accelerator) -> torch.Tensor:
     if accelerator.num_processes > 1:
         distributed.all_reduce(value)
     return value
+
+
+def averaged(figures: Mapping[str, float], accelerator: Accelerator) -> dict[str, float]:
+    """Return the mean of each figure over the processes that have it."""
+    if accelerator.num_processes == 1:
+        return dict(figures)
+    told: dict[str, list[float]] = {}
+    for theirs in gather_object([dict(figures)]):
+        for name, value in theirs.items():
+            told.setdefault(name, []).append(value)
+    return {name: sum(values) / len(values) for name, values in sorted(told.items())}

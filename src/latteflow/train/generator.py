@@ -6,7 +6,6 @@ once, and a step runs the replica alone.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,38 +18,32 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import Qwen2VLForConditionalGeneration
 
-from latteflow.data.captioned import CaptionedImages
 from latteflow.data.grid import picture_grid
 from latteflow.data.loader import generator_of
-from latteflow.data.prompts import canonical_caption, draw_caption
 from latteflow.errors import UserError
 from latteflow.flow.objective import FlowLoss, layerwise_flow_loss
 from latteflow.flow.path import interpolate, target_velocity
 from latteflow.flow.schedulers import make_scheduler
 from latteflow.flow.timesteps import balanced_groups, timesteps_of
-from latteflow.models.autoencoder import encode_pictures
-from latteflow.models.context import Context, concatenate
+from latteflow.models.context import Context
 from latteflow.models.processor import LatteFlowProcessor
 from latteflow.models.transformer import LatteFlowTransformer
 from latteflow.pipeline import LatteFlowPipeline
+from latteflow.train.feeds import Feed
 from latteflow.train.recipe import GeneratorSection
 from latteflow.train.samples import Samples
 from latteflow.train.stage import Stage
-
-_PROMPTS_AT_ONCE = 256
 
 
 class GeneratorStage(Stage):
     """The layerwise flow-matching loss on latents, the prompt dropped now and then for classifier-free guidance."""
 
-    def __init__(
-        self, settings: GeneratorSection, images: CaptionedImages, heldout: CaptionedImages, *, seed: int
-    ) -> None:
-        self.settings, self.images, self.heldout, self.seed = settings, images, heldout, seed
-        self.number = len(images)
-        self.vae = _load_autoencoder(settings.autoencoder)
+    def __init__(self, settings: GeneratorSection, feed: Feed, *, size: int, seed: int) -> None:
+        self.settings, self.feed, self.seed = settings, feed, seed
+        self.number = feed.number
+        vae = _load_autoencoder(settings.autoencoder)
         backbone, processor = _load_backbone(settings.backbone)
-        mean, std = self._latent_statistics()
+        mean, std = feed.statistics(vae)
         replica = LatteFlowTransformer.from_backbone(
             backbone,
             num_groups=settings.num_groups,
@@ -58,14 +51,14 @@ class GeneratorStage(Stage):
             residual_attention=settings.residual_attention,
             shared_io=settings.shared_io,
             latent_channels=len(mean),
-            sample_size=images.pixels.shape[-1] // self.vae.spatial_compression_ratio,
+            sample_size=size // vae.spatial_compression_ratio,
             patch_size=settings.patch_size,
             time_embedding_size=settings.time_embedding_size,
             initial_scale=settings.initial_scale,
             latents_mean=mean,
             latents_std=std,
         )
-        self.pipe = LatteFlowPipeline(backbone, processor, replica, self.vae, make_scheduler("euler"))
+        self.pipe = LatteFlowPipeline(backbone, processor, replica, vae, make_scheduler("euler"))
         self.pipe.set_progress_bar_config(disable=True)
         if settings.groups is not None:
             _train_only(replica, settings.groups)
@@ -76,11 +69,12 @@ class GeneratorStage(Stage):
         """Move the frozen parts to the device and compute there what training reads."""
         self.device = device
         self.pipe.backbone.to(device)
-        self.vae.to(device)  # type: ignore[arg-type]
-        self.latents = self._encode(self.images)
-        self.contexts = self._training_contexts()
-        self.heldout_latents = self._encode(self.heldout)
-        self.heldout_contexts = self._contexts([canonical_caption(record) for record in self.heldout.records])
+        self.pipe.vae.to(device)
+        self.feed.prepare(self.pipe, device)
+
+    def read(self, samples: Samples) -> Any:
+        """Return what the feed reads from the disk."""
+        return self.feed.read(samples)
 
     def chosen(self, batch_size: int, seed: int, step: int) -> torch.Tensor | None:
         """Return the places of the groups that are trained, where those are not all."""
@@ -92,14 +86,9 @@ class GeneratorStage(Stage):
     def loss(self, model: nn.Module, samples: Samples, data: Any) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
         """Return what pictures add to the layerwise flow-matching loss, and each group's mean."""
         settings = self.settings
-        caption = samples.integers(settings.captions_per_image)
-        dropped = samples.rand() < settings.prompt_dropout
-        # The empty prompt's context stands behind all others.
-        which = torch.where(dropped, len(self.contexts) - 1, samples.index * settings.captions_per_image + caption)
-        x_1 = self.latents[samples.index.to(self.device)]
+        x_1, context = self.feed.inputs(samples, data, settings.prompt_dropout)
+        x_0 = samples.randn("noise", x_1.shape[1:]).to(self.device)
         groups, t = self._times(samples)
-        x_0 = samples.randn(x_1.shape[1:]).to(self.device)
-        context = self.contexts.select(which.to(self.device)).trim()
         found = self._flow_loss(model, x_0, x_1, groups.to(self.device), t.to(self.device), context)
         figures = {f"loss/group-{k}": part for k, part in enumerate(found.per_group) if int(found.counts[k])}
         if settings.shared_io:
@@ -127,7 +116,7 @@ class GeneratorStage(Stage):
 
     def _times(self, samples: Samples) -> tuple[torch.Tensor, torch.Tensor]:
         groups = self._groups(samples.batch_size, samples.seed, samples.step)[samples.places]
-        return groups, self._times_in(groups, torch.stack([samples.rand(), samples.rand()]))
+        return groups, self._times_in(groups, torch.stack([samples.rand("time"), samples.rand("density")]))
 
     def _times_in(self, groups: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
         settings = self.settings
@@ -156,25 +145,20 @@ class GeneratorStage(Stage):
 
     def describe(self, samples: Samples) -> dict[str, list[Any]]:
         """Return each sample's group and t."""
-        again = dataclasses.replace(samples)  # whose draws begin anew
-        again.integers(self.settings.captions_per_image)
-        again.rand()
-        groups, t = self._times(again)
+        groups, t = self._times(samples)
         return {"group": groups.tolist(), "t": t.tolist()}
 
     def validate(self) -> dict[str, float]:
         """Return the loss on held-out pictures with their canonical captions: same noise and times at every call."""
-        total = torch.zeros(())
-        for number, index in enumerate(torch.arange(len(self.heldout)).split(256)):
-            generator = generator_of(self.seed, "validate", number)
-            groups = balanced_groups(len(index), self.settings.num_groups, generator=generator)
-            t = self._times_in(groups, torch.rand((2, len(index)), generator=generator, dtype=torch.float64))
-            x_1 = self.heldout_latents[index.to(self.device)]
+        total, number = 0.0, 0
+        for part, (x_1, context) in enumerate(self.feed.validation()):
+            generator = generator_of(self.seed, "validate", part)
+            groups = balanced_groups(len(x_1), self.settings.num_groups, generator=generator)
+            t = self._times_in(groups, torch.rand((2, len(x_1)), generator=generator, dtype=torch.float64))
             x_0 = torch.randn(x_1.shape, generator=generator).to(self.device)
-            context = self.heldout_contexts.select(index.to(self.device))
             found = self._flow_loss(self.model, x_0, x_1, groups.to(self.device), t.to(self.device), context)
-            total += found.total.cpu() * len(index)
-        return {"loss": total.item() / len(self.heldout)}
+            total, number = total + found.total.item() * len(x_1), number + len(x_1)
+        return {"loss": total / number}
 
     def preview(self) -> Image.Image:
         """Return four pictures for each preview prompt, side by side, two prompts a row."""
@@ -191,37 +175,6 @@ class GeneratorStage(Stage):
     def export(self, folder: Path) -> None:
         """Write the whole pipeline: backbone, processor, replica, autoencoder and scheduler."""
         self.pipe.save_pretrained(folder)
-
-    @torch.no_grad()
-    def _latent_statistics(self) -> tuple[list[float], list[float]]:
-        """Return mean and spread a channel of the latents of (at most 2,048) training pictures."""
-        index = torch.linspace(0, self.number - 1, min(2048, self.number)).long()
-        latents = torch.cat([self.vae.encode(self.images.batch(part)).latent for part in index.split(256)])
-        latents = latents * self.vae.config.scaling_factor
-        return latents.mean((0, 2, 3)).tolist(), latents.std((0, 2, 3)).tolist()
-
-    @torch.no_grad()
-    def _encode(self, images: CaptionedImages) -> torch.Tensor:
-        parts = torch.arange(len(images)).split(256)
-        config = self.pipe.transformer.config
-        return torch.cat([encode_pictures(self.vae, config, images.batch(i).to(self.device)) for i in parts])
-
-    def _training_contexts(self) -> Context:
-        """Return the contexts of every picture's captions, in the pictures' order, and the empty prompt's last."""
-        captions = [
-            draw_caption(record, generator_of(self.seed, "caption", number, variant))
-            for number, record in enumerate(self.images.records)
-            for variant in range(self.settings.captions_per_image)
-        ]
-        return self._contexts([*captions, ""])
-
-    def _contexts(self, captions: Sequence[str]) -> Context:
-        """Return the contexts of captions in bfloat16: half the memory of what is read once a step."""
-        found = [
-            self.pipe.encode_prompt(captions[start : start + _PROMPTS_AT_ONCE]).to(torch.bfloat16)
-            for start in range(0, len(captions), _PROMPTS_AT_ONCE)
-        ]
-        return concatenate(found)
 
 
 def _train_only(replica: LatteFlowTransformer, groups: Sequence[int]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -14,6 +15,8 @@ from torch import nn
 from latteflow.train.distributed import anywhere, whole
 from latteflow.train.samples import Samples
 from latteflow.train.stage import Stage
+
+_log = logging.getLogger(__name__)
 
 
 class TrainingDiverged(RuntimeError):
@@ -65,10 +68,11 @@ class Guard:
             graded = [p for p in parameters if p.grad is not None]
             norm = self._norm(graded)
             norms[name] = norm
-            loss = losses.get(f"loss/{name}", losses["all"])
+            # A set without samples here has no loss of its own: the others' must not be held against it.
+            loss = losses["all"] if name == "all" else losses.get(f"loss/{name}", torch.zeros(()))
             if anywhere(not bool(torch.isfinite(loss) & torch.isfinite(norm)), self.accelerator):
                 self._refuse(name, graded, float(loss), float(norm), samples, done)
-            else:
+            elif graded:
                 self.skipped[name] = 0
                 torch.nn.utils.clip_grads_with_norm_(graded, self.clip, norm)
         return norms
@@ -99,11 +103,16 @@ class Guard:
             parameter.grad = None
 
     def _write_down(self, name: str, loss: float, norm: float, samples: Sequence[Samples], done: int) -> Path:
-        self.folder.mkdir(parents=True, exist_ok=True)
         file = self.folder / f"step-{done:08d}-{name}-process-{self.accelerator.process_index}.json"
         parts = [
             {"samples": part.index.tolist(), "places": part.places.tolist(), **self.stage.describe(part)}
             for part in samples
+            if part.counted
         ]
-        file.write_text(json.dumps({"step": done, "set": name, "loss": loss, "gradient_norm": norm, "parts": parts}))
+        told = {"step": done, "set": name, "loss": loss, "gradient_norm": norm, "parts": parts}
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(told))
+        except OSError as error:  # of one process alone, which has to go on with the others
+            _log.error("%s cannot be written (%s): %s", file, error, told)
         return file

@@ -29,9 +29,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from latteflow.data.loader import generator_of
 from latteflow.errors import UserError
-from latteflow.train.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from latteflow.train.checkpoint import CheckpointDamaged, load_checkpoint, newest_checkpoint, save_checkpoint
 from latteflow.train.distributed import (
     anywhere,
+    averaged,
     load_whole,
     shard,
     sharded_optimizer_state,
@@ -157,6 +158,8 @@ class _Run:
         """Return what a step calls: the model on its device, compiled, and spread over the processes."""
         settings, accelerator = self.settings, self.accelerator
         if settings.activation_checkpointing:
+            if not getattr(model, "_supports_gradient_checkpointing", False):
+                raise UserError(f"train.activation_checkpointing: the {self.recipe.stage} stage cannot; set it to false")
             model.enable_gradient_checkpointing()  # type: ignore[operator]
         if settings.compile:
             for module in model.modules():
@@ -173,14 +176,14 @@ class _Run:
         settings, meter = self.settings, self._meter()
         for step, (samples, data) in enumerate(self._batches(), start=self.start):
             loss, figures = self._step(step, samples, data)
-            meter.count(sum(map(len, samples)) * self.accelerator.num_processes)
+            meter.count(sum(len(part) for part in samples if part.counted) * self.accelerator.num_processes)
             done, last = step + 1, step + 1 == settings.steps
             stop = anywhere(asked.is_set(), self.accelerator) and not last
             if last or stop or done % settings.checkpoint_every == 0:
                 self._save(done, must=last or stop)
             at_preview = last or done % settings.preview_every == 0
             if at_preview or done % settings.log_every == 0:
-                logged: dict[str, float] = {name: float(value) for name, value in figures.items()}
+                logged = averaged({name: float(value) for name, value in figures.items()}, self.accelerator)
                 logged |= {"learning_rate": float(self.schedule.get_last_lr()[0]), **meter.reading()}
                 if at_preview:
                     logged |= self._preview(done)
@@ -207,16 +210,19 @@ class _Run:
         accelerator = self.accelerator
         torch.manual_seed(_module_seed(self.settings.seed, step, accelerator.process_index))
         total = torch.zeros((), device=accelerator.device)
-        figures: dict[str, torch.Tensor] = {}
+        told: dict[str, list[torch.Tensor]] = {}
         for number, (part, read) in enumerate(zip(samples, data, strict=True), start=1):
             with nullcontext() if number == len(samples) else accelerator.no_sync(self.model):
                 with accelerator.autocast():  # around the loss alone: autocast keeps cast weights until it is left
                     loss, seen = self.stage.loss(self.model, part, read)
+                if not part.counted:  # nor may it be NaN
+                    loss, seen = loss.where(torch.zeros_like(loss, dtype=torch.bool), 0.0), {}
                 # DDP and FSDP2 take the mean over processes, of which each brings its own share.
                 accelerator.backward(loss * accelerator.num_processes if accelerator.num_processes > 1 else loss)
             total += loss.detach()
             for name, value in seen.items():
-                figures[name] = figures.get(name, 0) + value / len(samples)
+                told.setdefault(name, []).append(value)
+        figures = {name: torch.stack(values).mean() for name, values in told.items()}
         norms = self.guard.clip_gradients({"all": total, **figures}, samples, step + 1)
         self.optimizer.step()
         self.schedule.step()
@@ -248,6 +254,7 @@ class _Run:
         model = {name: whole(p.detach()) for name, p in self.parameters.items()}
         ema = {name: whole(p) for name, p in zip(self.parameters, self.ema.shadow_params, strict=True)}
         optimizer = {"optimizer": whole_state(self.optimizer.state_dict()), "schedule": self.schedule.state_dict()}
+        failed: OSError | CheckpointDamaged | None = None
         if self.accelerator.is_main_process:
             seen = step * self.settings.batch_size
             state = {"epoch": seen // self.stage.number, "place": seen % self.stage.number}
@@ -261,11 +268,13 @@ class _Run:
                     state={**state, "recipe": resolved(self.recipe)},
                     keep=self.settings.keep_checkpoints,
                 )
-            except OSError as error:
-                if must:
-                    raise
-                _log.error("%s; the last good checkpoint is kept and training goes on", error)
-        self.accelerator.wait_for_everyone()
+            except (OSError, CheckpointDamaged) as error:
+                failed = error
+        fatal = isinstance(failed, CheckpointDamaged) or (must and failed is not None)
+        if anywhere(fatal, self.accelerator):
+            raise failed or OSError(f"the first process cannot save step {step}")
+        if failed is not None:
+            _log.error("%s; the last good checkpoint is kept and training goes on", failed)
 
     def export(self) -> Path:
         """Write the averaged weights for users, complete or not at all."""

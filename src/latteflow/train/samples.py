@@ -7,13 +7,15 @@ group by itself see the same noise, times and captions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 
 from latteflow.data.loader import batch_indices, generator_of
+
+_STRIDE = 0x9E3779B97F4A7C15  # odd, so that places never share a seed; far from small, so that seeds are not neighbours
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,8 @@ class Samples:
     """How many places the batch has; more than ``total`` where only some groups are trained."""
     seed: int
     step: int
+    counted: bool = True
+    """False for what is taken only so that a process without samples runs what the others run."""
 
     def __len__(self) -> int:
         return len(self.index)
@@ -37,7 +41,7 @@ class Samples:
     @property
     def share(self) -> float:
         """This part's share of the step, by number."""
-        return len(self) / self.total
+        return len(self) / self.total if self.counted else 0.0
 
     @cached_property
     def generator(self) -> torch.Generator:
@@ -45,26 +49,25 @@ class Samples:
         first = int(self.places[0]) if len(self) else -1
         return generator_of(self.seed, "part", self.step, first)
 
-    def rand(self) -> torch.Tensor:
-        """Return a float64 number in [0, 1) a sample, (n,)."""
-        return self._stacked([torch.rand((), generator=g, dtype=torch.float64) for g in self._generators])
+    def rand(self, purpose: str) -> torch.Tensor:
+        """Return a float64 number in [0, 1) a sample, (n,); another purpose draws others."""
+        drawn = [torch.rand((), generator=g, dtype=torch.float64) for g in self._generators(purpose)]
+        return torch.stack(drawn) if drawn else torch.zeros(0, dtype=torch.float64)
 
-    def integers(self, high: int) -> torch.Tensor:
+    def integers(self, purpose: str, high: int) -> torch.Tensor:
         """Return an int64 number in [0, high) a sample, (n,)."""
-        return self._stacked([torch.randint(high, (), generator=g) for g in self._generators]).long()
+        drawn = [torch.randint(high, (), generator=g) for g in self._generators(purpose)]
+        return torch.stack(drawn) if drawn else torch.zeros(0, dtype=torch.int64)
 
-    def randn(self, shape: Sequence[int]) -> torch.Tensor:
+    def randn(self, purpose: str, shape: Sequence[int]) -> torch.Tensor:
         """Return float32 normal noise of ``shape`` a sample, (n, *shape)."""
-        drawn = [torch.randn(tuple(shape), generator=g) for g in self._generators]
+        drawn = [torch.randn(tuple(shape), generator=g) for g in self._generators(purpose)]
         return torch.stack(drawn) if drawn else torch.zeros(0, *shape)
 
-    @cached_property
-    def _generators(self) -> list[torch.Generator]:
-        return [generator_of(self.seed, "sample", self.step, place) for place in self.places.tolist()]
-
-    @staticmethod
-    def _stacked(drawn: list[torch.Tensor]) -> torch.Tensor:
-        return torch.stack(drawn) if drawn else torch.zeros(0)
+    def _generators(self, purpose: str) -> Iterator[torch.Generator]:
+        first = generator_of(self.seed, purpose, self.step).initial_seed()
+        for place in self.places.tolist():
+            yield torch.Generator().manual_seed((first + place * _STRIDE) % 2**63)
 
 
 def step_samples(
@@ -80,6 +83,10 @@ def step_samples(
 ) -> list[Samples]:
     """Return the samples that one process takes in a step, in parts whose gradients are accumulated.
 
+    The batch's places are cut first and chosen from then, so that a group's samples are cut alike whether the other
+    groups are trained with it or not. Among several processes a part may so be left without samples here and with some
+    elsewhere: it gets one that is not ``counted``. A part without samples of a single process is left out.
+
     Args:
         step: counted from 0.
         number: samples of the set.
@@ -89,8 +96,21 @@ def step_samples(
         process: this process's number.
         processes: how many there are.
         parts: accumulation steps.
+
+    Returns:
+        The parts; none at all, in any process, where nothing is chosen.
     """
     index = batch_indices(step, number=number, batch_size=batch_size, seed=seed)
-    places = torch.arange(batch_size) if chosen is None else chosen
-    mine = places.tensor_split(processes)[process].tensor_split(parts)
-    return [Samples(index[part], part, len(places), batch_size, seed, step) for part in mine]
+    places = torch.arange(batch_size)
+    chosen = places if chosen is None else chosen
+    if not len(chosen):
+        return []
+
+    def samples(mine: torch.Tensor, *, counted: bool = True) -> Samples:
+        return Samples(index[mine], mine, len(chosen), batch_size, seed, step, counted)
+
+    cut = places.tensor_split(processes)[process].tensor_split(parts)
+    kept = [samples(part[torch.isin(part, chosen)]) for part in cut]
+    if processes == 1:
+        return [part for part in kept if len(part)]
+    return [part if len(part) else samples(chosen[:1], counted=False) for part in kept]

@@ -1,0 +1,120 @@
+"""Where a generator's latents and contexts come from: memory, pictures, or latents computed ahead.
+
+None depends on weights that train, nor on t. A small set is computed once and kept; a large one is read sample by
+sample in worker processes, and encoded on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from latteflow.data.captioned import CaptionedImages
+from latteflow.data.loader import generator_of
+from latteflow.data.prompts import canonical_caption, draw_caption
+from latteflow.models.autoencoder import encode_pictures
+from latteflow.models.context import Context, concatenate
+from latteflow.pipeline import LatteFlowPipeline
+from latteflow.train.samples import Samples
+
+_AT_ONCE = 256
+
+
+class Feed:
+    """What a generator's stage asks of its data."""
+
+    number: int
+    """How many training samples there are."""
+    pipe: LatteFlowPipeline
+    device: torch.device
+
+    def prepare(self, pipe: LatteFlowPipeline, device: torch.device) -> None:
+        """Take the frozen parts, on their device, and compute what is computed ahead."""
+        self.pipe, self.device = pipe, device
+
+    def statistics(self, vae: Any) -> tuple[list[float], list[float]]:
+        """Return mean and spread a channel of the scaled latents of some training pictures."""
+        raise NotImplementedError
+
+    def read(self, samples: Samples) -> Any:
+        """Return what comes from the disk; called in worker processes where there are some."""
+        return None
+
+    def inputs(self, samples: Samples, data: Any, prompt_dropout: float) -> tuple[torch.Tensor, Context]:
+        """Return latents (n, channels, height, width) and contexts on the device, some of the empty prompt."""
+        raise NotImplementedError
+
+    def validation(self) -> Iterator[tuple[torch.Tensor, Context]]:
+        """Yield latents and contexts, in parts, of pictures that no step sees."""
+        raise NotImplementedError
+
+
+class MemoryFeed(Feed):
+    """A captioned set in memory: every latent, and a few captions' contexts a picture, are computed once.
+
+    Args:
+        images: to train on.
+        heldout: to validate on, with their canonical captions.
+        captions_per_image: captions drawn for a picture.
+        seed: of that draw.
+    """
+
+    def __init__(self, images: CaptionedImages, heldout: CaptionedImages, captions_per_image: int, seed: int) -> None:
+        self.images, self.heldout, self.seed = images, heldout, seed
+        self.captions_per_image = captions_per_image
+        self.number = len(images)
+
+    def prepare(self, pipe: LatteFlowPipeline, device: torch.device) -> None:
+        """Compute all latents and contexts."""
+        super().prepare(pipe, device)
+        self.latents = self._encode(self.images)
+        captions = [
+            draw_caption(record, generator_of(self.seed, "caption", number, variant))
+            for number, record in enumerate(self.images.records)
+            for variant in range(self.captions_per_image)
+        ]
+        self.contexts = self._contexts([*captions, ""])
+        self.heldout_latents = self._encode(self.heldout)
+        self.heldout_contexts = self._contexts([canonical_caption(record) for record in self.heldout.records])
+
+    @torch.no_grad()
+    def statistics(self, vae: Any) -> tuple[list[float], list[float]]:
+        """Return mean and spread over at most 2,048 pictures."""
+        index = torch.linspace(0, self.number - 1, min(2048, self.number)).long()
+        return channel_statistics([vae.encode(self.images.batch(part)).latent for part in index.split(_AT_ONCE)], vae)
+
+    def inputs(self, samples: Samples, data: Any, prompt_dropout: float) -> tuple[torch.Tensor, Context]:
+        """Pick what was computed ahead."""
+        caption = samples.integers("caption", self.captions_per_image)
+        dropped = samples.rand("dropped prompt") < prompt_dropout
+        # The empty prompt's context stands behind all others.
+        which = torch.where(dropped, len(self.contexts) - 1, samples.index * self.captions_per_image + caption)
+        return self.latents[samples.index.to(self.device)], self.contexts.select(which.to(self.device)).trim()
+
+    def validation(self) -> Iterator[tuple[torch.Tensor, Context]]:
+        """Yield all held-out pictures."""
+        for index in torch.arange(len(self.heldout)).split(_AT_ONCE):
+            there = index.to(self.device)
+            yield self.heldout_latents[there], self.heldout_contexts.select(there)
+
+    @torch.no_grad()
+    def _encode(self, images: CaptionedImages) -> torch.Tensor:
+        vae, config = self.pipe.vae, self.pipe.transformer.config
+        parts = torch.arange(len(images)).split(_AT_ONCE)
+        return torch.cat([encode_pictures(vae, config, images.batch(i).to(self.device)) for i in parts])
+
+    def _contexts(self, captions: Sequence[str]) -> Context:
+        """Return the contexts of captions in bfloat16: half the memory of what is read once a step."""
+        found = [
+            self.pipe.encode_prompt(captions[start : start + _AT_ONCE]).to(torch.bfloat16)
+            for start in range(0, len(captions), _AT_ONCE)
+        ]
+        return concatenate(found)
+
+
+def channel_statistics(latents: Sequence[torch.Tensor], vae: Any) -> tuple[list[float], list[float]]:
+    """Return mean and spread a channel of an autoencoder's raw latents, scaled by its factor."""
+    scaled = torch.cat(list(latents)) * vae.config.scaling_factor
+    return scaled.mean((0, 2, 3)).tolist(), scaled.std((0, 2, 3)).tolist()
