@@ -117,6 +117,17 @@ def test_special_tokens_that_a_user_types_are_words(processor, token, around):
     assert spelled == around.format(token).replace(" ", "")
 
 
+@pytest.mark.parametrize(("first", "second"), [("<|en", "d|>"), ("<|end|", ">"), ("a <", "|image_pad|> b"), ("x", "y")])
+def test_a_special_token_over_two_parts_is_words(processor, first, second):
+    parts = [{"type": "text", "text": first}, {"type": "text", "text": second}]
+    special = set(processor.tokenizer.all_special_ids)
+    ids = processor(processor.conversation([{"role": "user", "content": parts}]))["input_ids"][0].tolist()
+    frame = processor(processor.chat_prompt(""))["input_ids"][0].tolist()
+    assert [i for i in ids if i in special] == frame
+    if first == "x":
+        assert ids == processor(processor.chat_prompt("xy"))["input_ids"][0].tolist()
+
+
 @pytest.mark.parametrize("words", ["<|USER|>", "<|user|", "a < b |> c", "<|user |>", "\U0010ffff"])
 def test_what_is_almost_a_special_token_is_tokenized_as_ever(processor, words):
     expected = processor.tokenizer(f"<|user|>{words}<|assistant|>".replace("\U0010ffff", ""))["input_ids"]

@@ -119,10 +119,7 @@ class LatteFlowProcessor(ProcessorMixin):
 
         What looks like a special token in the words of a turn stays words.
         """
-        rendered = [
-            {"role": message["role"], "content": [self._plain_part(part) for part in parts_of(message)]}
-            for message in messages
-        ]
+        rendered = [{"role": message["role"], "content": self._plain_parts(parts_of(message))} for message in messages]
         return self.tokenizer.apply_chat_template(  # type: ignore[return-value]
             rendered,  # type: ignore[arg-type]
             chat_template=self.chat_template,  # type: ignore[arg-type]
@@ -130,11 +127,18 @@ class LatteFlowProcessor(ProcessorMixin):
             add_generation_prompt=True,
         )
 
-    def _plain_part(self, part: Mapping[str, Any]) -> dict[str, Any]:
-        if part["type"] == "image":
-            return {"type": "image"}
-        words = part["text"].replace(_CUT, "")
-        return {"type": "text", "text": self._special.sub(lambda found: found[0] + _CUT, words)}
+    def _plain_parts(self, parts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        plain: list[dict[str, Any]] = []
+        for part, following in zip(parts, [*parts[1:], {}], strict=True):
+            if part["type"] == "image":
+                plain.append({"type": "image"})
+                continue
+            words, more = (each.get("text", "").replace(_CUT, "") for each in (part, following))
+            count = [len(self._special.findall(text)) for text in (words + more, words, more)]
+            cut = self._special.sub(lambda found: found[0] + _CUT, words)
+            # A special token may begin in one part and end in the next.
+            plain.append({"type": "text", "text": cut + _CUT if count[0] > count[1] + count[2] else cut})
+        return plain
 
     def _token_ids(self, prompts: Sequence[str]) -> list[list[int]]:
         pieces = [prompt.split(_CUT) for prompt in prompts]

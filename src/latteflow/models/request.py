@@ -11,12 +11,14 @@ _MOST_TOKENS = 16_384
 """Tokens of one picture: a bound against a size that was meant otherwise, not against any real one."""
 
 
-def check_prompt(prompt: str | Sequence[str] | None) -> None:
-    """Refuse what is neither words nor a list of them.
+def check_prompt(prompt: str | Sequence[str] | None, context: object) -> None:
+    """Refuse what is neither words nor a list of them, and a prompt beside the context of one.
 
     Raises:
-        UserError: it is neither, or an empty list.
+        UserError: it is neither, an empty list, or both or none of the two are given.
     """
+    if (prompt is None) == (context is None):
+        raise UserError("give a prompt, or the context of one")
     whole = prompt is None or isinstance(prompt, str)
     if not whole and not (prompt and all(isinstance(one, str) for one in prompt)):
         raise UserError(f"prompt has to be a string or a list of them: got {prompt!r}")
@@ -33,6 +35,18 @@ def check_size(height: int, width: int, *, factor: int) -> None:
             raise UserError(f"{name} {side} does not do: give a multiple of {factor}")
     if height * width > _MOST_TOKENS * factor**2:
         raise UserError(f"{height}x{width} is more than {_MOST_TOKENS} tokens of {factor}x{factor}: draw smaller")
+
+
+def check_output(output_type: str, tensor_inputs: Sequence[str], offered: Sequence[str]) -> None:
+    """Refuse an output, or tensors for a callback, that are not offered.
+
+    Raises:
+        UserError: they are not.
+    """
+    if output_type not in ("pil", "np", "pt", "latent"):
+        raise UserError(f"output_type is pil, np, pt or latent: got {output_type!r}")
+    if not set(tensor_inputs) <= set(offered):
+        raise UserError(f"callback_on_step_end_tensor_inputs can hold {list(offered)} only")
 
 
 def check_sampling(steps: int, guidance_scale: float, num_images_per_prompt: int) -> None:

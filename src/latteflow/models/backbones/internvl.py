@@ -29,6 +29,8 @@ class InternVL(Family):
         self, image_processor: Any, images: Sequence[Sequence[Image.Image]], tokens_per_tile: int
     ) -> tuple[dict[str, torch.Tensor], list[str]]:
         """Return tiles; a picture is a run of tokens between its start and end."""
-        inputs = dict(image_processor(images=[image for group in images for image in group], return_tensors="pt"))
+        flat = [image for group in images for image in group]
+        # The image processor cuts nothing unless told; transformers' own processor always tells it.
+        inputs = dict(image_processor(images=flat, crop_to_patches=True, return_tensors="pt"))
         tiles = torch.as_tensor(inputs.pop("num_patches")).tolist()
         return inputs, [f"<img>{self.image_token * (tokens_per_tile * number)}</img>" for number in tiles]

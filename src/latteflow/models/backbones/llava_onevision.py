@@ -9,7 +9,11 @@ import torch
 from PIL import Image
 from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
 
+from latteflow.errors import UserError
 from latteflow.models.backbones.family import Family
+
+_COUNTED = {"vision_aspect_ratio": "anyres_max_9", "vision_feature_select_strategy": "full"}
+"""What the released models have: the count of a picture's tokens depends on it."""
 
 
 class _TokenCount(LlavaOnevisionProcessor):
@@ -18,8 +22,8 @@ class _TokenCount(LlavaOnevisionProcessor):
     def __init__(self, image_processor: Any, tokens_per_tile: int) -> None:
         self.image_processor = image_processor
         self.num_image_tokens = tokens_per_tile
-        self.vision_feature_select_strategy = "full"
-        self.vision_aspect_ratio = "anyres_max_9"
+        self.vision_feature_select_strategy = _COUNTED["vision_feature_select_strategy"]
+        self.vision_aspect_ratio = _COUNTED["vision_aspect_ratio"]
         self.image_token = LlavaOnevision.image_token
 
 
@@ -36,7 +40,15 @@ class LlavaOnevision(Family):
     pictures_are_independent = False
 
     def tokens_per_tile(self, config: Any) -> int:
-        """Return the patches of the vision tower's own resolution."""
+        """Return the patches of the vision tower's own resolution.
+
+        Raises:
+            UserError: the model counts a picture's tokens in a way that was not checked.
+        """
+        for name, value in _COUNTED.items():
+            found = getattr(config, name)
+            if found != value:
+                raise UserError(f"{name} {found!r} is not supported: {value!r} is")
         return (config.vision_config.image_size // config.vision_config.patch_size) ** 2
 
     def pictures(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
 
-from latteflow.models.backbones.family import Family, rope_arguments
+from latteflow.models.backbones.family import Family
 
 
 class Qwen2VL(Family):
@@ -20,14 +20,16 @@ class Qwen2VL(Family):
     placeholder = image_token = "<|image_pad|>"
     token_types = "mm_token_type_ids"
 
+    sections: ClassVar = (16, 24, 24)
+    """transformers' own, where a configuration names none."""
+    interleaved: ClassVar[bool] = False
+
     def rope_config(self, text: Any) -> dict[str, Any]:
         """Return base and sections."""
-        rope = text.rope_parameters
         return {
             **super().rope_config(text),
-            **rope_arguments(rope),
-            "mrope_section": list(rope["mrope_section"]),
-            "mrope_interleaved": bool(rope.get("mrope_interleaved", False)),
+            "mrope_section": list(text.rope_parameters.get("mrope_section", self.sections)),
+            "mrope_interleaved": self.interleaved,
         }
 
     def positions(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from latteflow.models.backbones.qwen2_vl import Qwen2VL
 
 
@@ -17,14 +15,5 @@ class Qwen3VL(Qwen2VL):
     model_types = ("qwen3_vl",)
     text_types = ("qwen3_vl_text",)
     example = "Qwen/Qwen3-VL-2B-Instruct"
-
-    def rope_config(self, text: Any) -> dict[str, Any]:
-        """Return base and sections, which Qwen3-VL always takes in turns."""
-        sections = text.rope_parameters.get("mrope_section", (24, 20, 20))
-        rope = {**text.rope_parameters, "mrope_section": sections}
-        return {
-            "rope_theta": rope["rope_theta"],
-            "rope_factor": 1.0,
-            "mrope_section": list(rope["mrope_section"]),
-            "mrope_interleaved": True,
-        }
+    sections = (24, 20, 20)
+    interleaved = True
