@@ -7,6 +7,7 @@ is the order of work: the prompt's context once, then one expert a step, then th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,8 @@ from latteflow.models.autoencoder import decode_latents
 from latteflow.models.context import Context, compute_context, concatenate
 from latteflow.models.conversation import ConversationCache, on_white
 from latteflow.models.processor import LatteFlowProcessor, Message
-from latteflow.models.request import check_prompt, check_sampling, check_size
+from latteflow.models.request import check_output, check_prompt, check_sampling, check_size
+from latteflow.models.residency import disable_group_residency, enable_group_residency
 from latteflow.models.stored import StoredPipeline
 from latteflow.models.transformer import LatteFlowTransformer
 
@@ -107,49 +109,39 @@ class LatteFlowPipeline(StoredPipeline):
             width: like ``height``.
             num_inference_steps: network calls a picture (Heun makes 2 N - 1).
             guidance_scale: 1 is the plain conditional model; higher follows the prompt more closely.
-            num_images_per_prompt: pictures a prompt; a prompt's pictures come in a row.
-            generator: picture i takes its noise from ``initial_seed() + i`` of a single generator, which is left as
-                it was, or from generator i of a list.
+            num_images_per_prompt: pictures a prompt, in a row.
+            generator: picture i takes its noise from ``initial_seed() + i`` of a single one, or from one of a list.
             latents: normalised noise to start from, (pictures, channels, height / factor, width / factor).
             context: of as many prompts, in place of ``prompt``: what ``encode_prompt`` returns.
             output_type: "pil", "np" (float in [0, 1], channels last), "pt" (channels first) or "latent".
-            return_dict: an ``ImagePipelineOutput``; if false, a tuple of the images alone.
-            callback_on_step_end: called as ``callback(pipe, step, timestep, tensors)`` after each call of the network;
-                may return changed ``latents``, and may stop the run by setting ``pipe._interrupt = True``.
-            callback_on_step_end_tensor_inputs: what ``tensors`` holds; only "latents" is offered.
+            return_dict: an ``ImagePipelineOutput``; if false, a tuple.
+            callback_on_step_end: called as ``callback(pipe, step, timestep, tensors)`` after each network call; may
+                return changed ``latents``, and stop the run by setting ``pipe._interrupt = True``.
+            callback_on_step_end_tensor_inputs: what ``tensors`` holds.
 
         Raises:
             UserError: a size, step count, guidance scale, number or prompt that cannot be.
         """
-        if (prompt is None) == (context is None):
-            raise UserError("give a prompt, or the context of one")
-        number = len(context) if context is not None else 1 if isinstance(prompt, str) else len(prompt or ())
         size: int = self.transformer.config.sample_size * self.vae.spatial_compression_ratio
-        height, width = size if height is None else height, size if width is None else width
-        check_prompt(prompt)
+        height, width = (size if side is None else side for side in (height, width))
+        check_prompt(prompt, context)
         check_size(height, width, factor=self.spatial_factor)
         check_sampling(num_inference_steps, guidance_scale, num_images_per_prompt)
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise UserError(f"output_type is pil, np, pt or latent: got {output_type!r}")
-        if not set(callback_on_step_end_tensor_inputs) <= set(self._callback_tensor_inputs):
-            raise UserError(f"callback_on_step_end_tensor_inputs can hold {list(self._callback_tensor_inputs)} only")
+        check_output(output_type, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
         self._interrupt = False
-
         # The context: the backbone reads each prompt once.
-        if context is None:
-            context = self.encode_prompt([prompt] if isinstance(prompt, str) else list(prompt or ()))
+        context = context or self.encode_prompt([prompt] if isinstance(prompt, str) else list(prompt or ()))
         context = self._both_halves(context, negative_prompt, num_images_per_prompt, guided=guidance_scale != 1.0)
 
-        # The path from noise to data: one expert a step.
-        x_t = self._initial_noise(number * num_images_per_prompt, height, width, generator, latents)
+        # The path from noise to data: one expert a step. With guidance, the context holds two halves.
+        number = len(context) // (1 if guidance_scale == 1.0 else 2)
+        x_t = self._initial_noise(number, height, width, generator, latents)
         set_schedule(self.scheduler, num_inference_steps, device=x_t.device)
         x_t = self._solve(x_t, context, guidance_scale, callback_on_step_end)
 
-        # The decoder.
         images = x_t if output_type == "latent" else self.decode(x_t, output_type)
         self.maybe_free_model_hooks()
-        output = ImagePipelineOutput(images=images)  # type: ignore[arg-type]
-        return output if return_dict else output.to_tuple()  # type: ignore[return-value]
+        return ImagePipelineOutput(images=images) if return_dict else (images,)  # type: ignore[return-value, arg-type]
 
     def _both_halves(
         self,
@@ -240,6 +232,27 @@ class LatteFlowPipeline(StoredPipeline):
         """Return the pictures of normalised latents (number, channels, height / factor, width / factor)."""
         pictures = decode_latents(self.vae, self.transformer.config, latents.to(self.vae.dtype))
         return VaeImageProcessor().postprocess(pictures.float(), output_type=output_type)  # type: ignore[return-value]
+
+    def enable_group_residency(
+        self, folder: str | Path | None = None, device: torch.device | str | None = None
+    ) -> None:
+        """Keep one expert group on the compute device and fetch the next while it works: docs/memory.md.
+
+        Args:
+            folder: of the saved pipeline, to read a group's weights from; left out, they are kept in CPU memory.
+            device: where to compute, and where all other parts are moved; left out, where the pipeline is.
+
+        Raises:
+            UserError: it is enabled already, or cannot be (see ``models/residency.py``).
+        """
+        device = self._execution_device if device is None else device
+        enable_group_residency(self.transformer, folder, device)
+        for part in (self.backbone, self.vae):
+            part.to(device)  # type: ignore[arg-type]
+
+    def disable_group_residency(self) -> None:
+        """Put all expert groups on the compute device again."""
+        disable_group_residency(self.transformer)
 
     @torch.no_grad()
     def ask(self, image: Image.Image, question: str, *, max_new_tokens: int = 64) -> str:
