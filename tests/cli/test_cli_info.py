@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from latteflow.cli import main
 from latteflow.cli.main import app
 from latteflow.errors import UserError
+from latteflow.models import presets
 
 
 def _run(*arguments):
@@ -33,6 +34,61 @@ def test_info_as_json_agrees_with_itself(saved_pipeline):
 def test_info_refuses_absurd_steps(saved_pipeline):
     with pytest.raises(UserError, match="--steps"):
         _run("info", "--model", str(saved_pipeline), "--steps", "0")
+
+
+def test_info_says_what_a_preset_costs_without_loading_it():
+    result = _run("info", "--preset", "smolvlm-256m")
+    assert result.exit_code == 0
+    for words in (
+        "HuggingFaceTB/SmolVLM-256M-Instruct",
+        "5 groups of 6 layers",
+        "694M: backbone 256M, transformer 125M, vae 312M",
+        "569M / 125M; LoRA of rank 16: 4.88M",
+        "256x256, 64 tokens",
+        "peak to draw",
+        "peak to train",
+    ):
+        assert words in result.stdout, result.stdout
+
+
+def test_a_preset_as_json_names_the_unit_of_every_figure():
+    figures = json.loads(_run("info", "--preset", "smolvlm-256m", "--json", "--size", "512", "--steps", "8").stdout)
+    assert (figures["preset"], figures["picture_size_pixels"], figures["steps"]) == ("smolvlm-256m", 512, 8)
+    assert figures["image_flops"] == 8 * figures["step_flops"] + figures["prefill_flops"] + figures["decode_flops"]
+    assert figures["inference_memory"]["peak_bytes"] > 2 * figures["total_parameters"]
+    counts = {"layers", "groups", "layers_per_step", "image_tokens", "prompt_tokens", "steps", "lora_rank"}
+    counts |= {"training_batch", "guided"}
+    units = ("_bytes", "_flops", "_parameters", "_pixels")
+    for name, value in figures.items():
+        if isinstance(value, int | float):
+            assert name.endswith(units) or name in counts, name
+        elif isinstance(value, dict) and name != "parameters":
+            assert all(term.endswith(units) for term in value), value
+
+
+def test_all_presets_are_a_table_of_one_row_each(monkeypatch):
+    names = ["smolvlm-500m", "qwen2-vl-2b"]
+    assert set(names) < set(presets.preset_names())
+    monkeypatch.setattr(presets, "preset_names", lambda: names)
+    lines = _run("info", "--preset", "all").stdout.splitlines()
+    rows = [line.split(" | ") for line in lines if line.startswith("| ")]
+    assert [row[0].strip("| ") for row in rows[2:]] == names
+    assert len({len(row) for row in rows}) == 1
+    assert next(row for row in rows if "qwen2-vl-2b" in row[0])[1] == "4 x 7"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--preset", "qwen9"), "no preset 'qwen9': there are qwen2-vl-2b, "),
+        (("--preset", "smolvlm-256m", "--size", "100"), "size 100 does not do: give a multiple of 32"),
+        (("--preset", "smolvlm-256m", "--steps", "0"), "--steps has to be 1 to 1000: got 0"),
+        (("--preset", "smolvlm-256m", "--model", "a/b"), "give --model a/b or --preset smolvlm-256m, not both"),
+        (("--size", "256"), "--size goes with --preset"),
+    ],
+)
+def test_a_preset_that_cannot_be_is_one_line_and_exit_code_2(latteflow, arguments, message):
+    assert message in latteflow("info", *arguments).mistake
 
 
 def test_evaluate_prints_every_figure(saved_pipeline, toy_set, tmp_path):

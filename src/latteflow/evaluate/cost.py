@@ -1,6 +1,9 @@
 """What a model costs: parameters, floating-point operations by formula, bytes.
 
-A multiply-add counts as two operations. Norms, activations and softmax are left out: they are below one percent.
+A multiply-add counts as two operations. Norms (those of queries and keys among them), activations and softmax are left
+out: they are below one percent. A prompt of words does not pass through the vision tower, which is not counted.
+
+Nothing here needs a weight: parts may be on the meta device, as ``models/presets.py`` builds them.
 """
 
 from __future__ import annotations
@@ -12,8 +15,24 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from latteflow.errors import UserError
+from latteflow.evaluate.memory import (
+    LORA_RANK,
+    context_token_bytes,
+    inference_memory,
+    lora_parameters,
+    on_meta,
+    training_memory,
+)
+from latteflow.models.presets import Preset, build_autoencoder, build_backbone, build_transformer
 from latteflow.models.transformer import LatteFlowTransformer
 from latteflow.pipeline import LatteFlowPipeline
+
+PROMPT_TOKENS = 32
+"""Of a preset's prompt: a chat template's two dozen, and a few words. [D]"""
+TRAINING_BATCH = 32
+"""Samples a step that a preset's training is reckoned with. [D]"""
+_MOST_IMAGE_TOKENS = 16_384
 
 
 @dataclass(frozen=True)
@@ -62,16 +81,45 @@ def cost_of(
         guided: whether classifier-free guidance doubles the sequences.
         prompt: what is drawn; its length decides the prefill and a little of each step.
     """
-    replica: LatteFlowTransformer = pipe.transformer
-    config = replica.config
     context = pipe.encode_prompt([prompt])
-    image_tokens, prompt_tokens = (config.sample_size // config.patch_size) ** 2, int(context.mask.sum())
-    sequences = 2 if guided else 1
-    step = sequences * step_flops(replica, image_tokens, prompt_tokens)
-    prefill = prefill_flops(pipe.backbone, prompt_tokens)
-    decode = _decode_flops(pipe)
-    parts = {name: _count(getattr(pipe, name)) for name in ("backbone", "transformer", "vae")}
-    modules = (pipe.backbone, replica, pipe.vae)
+    return cost_of_parts(
+        pipe.backbone,
+        pipe.transformer,
+        pipe.vae,
+        prompt_tokens=int(context.mask.sum()),
+        steps=steps,
+        guided=guided,
+    )
+
+
+def cost_of_parts(
+    backbone: Any,
+    replica: LatteFlowTransformer,
+    vae: Any,
+    *,
+    prompt_tokens: int,
+    latent_side: int | None = None,
+    steps: int = 40,
+    guided: bool = True,
+) -> Cost:
+    """Return the cost of drawing one picture with parts on any device, the meta device among them.
+
+    Args:
+        backbone: the vision-language model, of any family.
+        replica: the experts.
+        vae: an ``AutoencoderDC``.
+        prompt_tokens: length of the prompt.
+        latent_side: side of the latents; left out, the replica's own.
+        steps: network calls.
+        guided: whether classifier-free guidance doubles the sequences.
+    """
+    config = replica.config
+    side = config.sample_size if latent_side is None else latent_side
+    image_tokens = (side // config.patch_size) ** 2
+    step = (2 if guided else 1) * step_flops(replica, image_tokens, prompt_tokens)
+    prefill, decode = prefill_flops(backbone, prompt_tokens), decode_flops(vae, side)
+    modules = {"backbone": backbone, "transformer": replica, "vae": vae}
+    parts = {name: _count(module) for name, module in modules.items()}
     return Cost(
         parameters=parts,
         total_parameters=sum(parts.values()),
@@ -88,9 +136,80 @@ def cost_of(
         flops_prefill=prefill,
         flops_decode=decode,
         flops_per_image=steps * step + prefill + decode,
-        context_bytes=context.keys.nbytes + context.values.nbytes,
-        weight_bytes=sum(p.nbytes for module in modules for p in module.parameters()),
+        context_bytes=prompt_tokens * context_token_bytes(replica, backbone.dtype),
+        weight_bytes=sum(p.nbytes for module in modules.values() for p in module.parameters()),
     )
+
+
+def preset_figures(
+    preset: Preset,
+    *,
+    size: int | None = None,
+    steps: int = 40,
+    prompt_tokens: int = PROMPT_TOKENS,
+    batch_size: int = TRAINING_BATCH,
+) -> dict[str, Any]:
+    """Return what a preset costs, in bfloat16 and guided, without allocating its weights: plain JSON values.
+
+    Args:
+        preset: which.
+        size: pixels a side; left out, the preset's.
+        steps: network calls a picture.
+        prompt_tokens: length of the prompt.
+        batch_size: samples a training step.
+
+    Raises:
+        UserError: a size that is no multiple of the autoencoder's factor, or of too many tokens.
+    """
+    size = preset.picture_size if size is None else size
+    vae = build_autoencoder(preset.autoencoder)
+    factor = vae.spatial_compression_ratio
+    if size < factor or size % factor or (size // factor) ** 2 > _MOST_IMAGE_TOKENS:
+        most = int(_MOST_IMAGE_TOKENS**0.5) * factor
+        raise UserError(f"size {size} does not do: give a multiple of {factor} up to {most}")
+    backbone = build_backbone(preset)
+    replica = build_transformer(preset, backbone, sample_size=size // factor)
+    parts = (backbone, replica, vae)
+    cost = cost_of_parts(*parts, prompt_tokens=prompt_tokens, steps=steps)
+    full, lora = (
+        training_memory(*parts, prompt_tokens=prompt_tokens, batch_size=batch_size, lora_rank=rank)
+        for rank in (None, LORA_RANK)
+    )
+    return {
+        "preset": preset.name,
+        "hub_id": preset.hub_id,
+        "autoencoder": preset.autoencoder,
+        "dtype": str(backbone.dtype).removeprefix("torch."),
+        "picture_size_pixels": size,
+        "layers": preset.num_layers,
+        **{name: getattr(cost, name) for name in _SAME_IN_PRESETS},
+        "lora_rank": LORA_RANK,
+        "lora_parameters": lora_parameters(replica, LORA_RANK),
+        "step_flops": cost.flops_per_step,
+        "prefill_flops": cost.flops_prefill,
+        "decode_flops": cost.flops_decode,
+        "image_flops": cost.flops_per_image,
+        "context_token_bytes": context_token_bytes(replica, backbone.dtype),
+        "inference_memory": inference_memory(*parts, prompt_tokens=prompt_tokens).as_dict(),
+        "training_batch": batch_size,
+        "full_training_memory": full.as_dict(),
+        "lora_training_memory": lora.as_dict(),
+    }
+
+
+_SAME_IN_PRESETS = (
+    "groups",
+    "layers_per_step",
+    "image_tokens",
+    "prompt_tokens",
+    "steps",
+    "guided",
+    "parameters",
+    "total_parameters",
+    "frozen_parameters",
+    "trainable_parameters",
+    "active_parameters",
+)
 
 
 def active_parameters(replica: LatteFlowTransformer) -> int:
@@ -132,14 +251,16 @@ def prefill_flops(backbone: nn.Module, tokens: int) -> float:
 
 
 @torch.no_grad()
-def _decode_flops(pipe: LatteFlowPipeline) -> float:
-    """Count the decoder's operations by running it once: convolutions have no short formula."""
-    config = pipe.transformer.config
-    latents = torch.zeros(
-        1, config.latent_channels, config.sample_size, config.sample_size, dtype=pipe.vae.dtype, device=pipe.vae.device
-    )
+def decode_flops(vae: Any, latent_side: int) -> float:
+    """Count the operations of decoding one picture on the meta device: convolutions have no short formula.
+
+    Args:
+        vae: an ``AutoencoderDC``; a twin without weights is run in its place.
+        latent_side: side of the latents.
+    """
+    shadow, latents = on_meta(vae, latent_side)
     with FlopCounterMode(display=False) as counter:
-        pipe.vae.decode(latents)
+        shadow.decode(latents)
     return float(counter.get_total_flops())
 
 
