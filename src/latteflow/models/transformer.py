@@ -18,7 +18,7 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.modeling_utils import ModelMixin
-from torch import nn
+from torch import distributed, nn
 
 from latteflow.errors import UserError
 from latteflow.flow.intervals import Intervals
@@ -111,6 +111,8 @@ class LatteFlowTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
     config: Any
     gradient_checkpointing = False
+    run_groups_of_all_processes = False
+    """In training with sharded weights, which all processes gather together: run what any of them has samples of."""
     _supports_gradient_checkpointing = True
     _no_split_modules = ("ReplicaLayer",)
 
@@ -194,15 +196,33 @@ class LatteFlowTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
             A tensor like ``x_t``.
         """
         groups = self.intervals.group_of(t)
-        present = groups.unique().tolist()
+        present = self._groups_to_run(groups)
         if len(present) == 1:
             return self.expert(present[0], x_t, t, context)
         v = torch.empty_like(x_t)
         for group in present:
             index = (groups == group).nonzero()[:, 0]
-            # Trimmed, so that a group computes what it would without the others, to the bit.
-            v[index] = self.expert(group, x_t[index], t[index], context.select(index).trim()).to(v.dtype)
+            if len(index):
+                # Trimmed, so that a group computes what it would without the others, to the bit.
+                v[index] = self.expert(group, x_t[index], t[index], context.select(index).trim()).to(v.dtype)
+            else:
+                v = v + self._nothing(group, x_t, context).to(v.dtype)
         return v
+
+    def _groups_to_run(self, groups: torch.Tensor) -> list[int]:
+        """Return the groups that samples have, here or, if weights are sharded, in any process; in order."""
+        if not (self.run_groups_of_all_processes and torch.is_grad_enabled()):
+            return groups.unique().tolist()
+        present = torch.bincount(groups, minlength=self.config.num_groups)
+        distributed.all_reduce(present)
+        return present.nonzero()[:, 0].tolist()
+
+    def _nothing(self, group: int, x_t: torch.Tensor, context: Context) -> torch.Tensor:
+        """Run a group on the first sample, and return 0 whatever it makes of it; its weights get the gradient 0."""
+        first = torch.zeros(1, dtype=torch.int64, device=x_t.device)
+        t = torch.full((1,), self.intervals.bounds(group)[0], device=x_t.device)
+        v = self.expert(group, x_t[:1], t, context.select(first).trim())
+        return v.masked_fill(torch.ones_like(v, dtype=torch.bool), 0.0).sum()
 
     def expert(self, group: int, x_t: torch.Tensor, t: torch.Tensor, context: Context) -> torch.Tensor:
         """Run one group of layers on samples that all belong to its interval; shapes as in ``forward``."""
@@ -232,7 +252,7 @@ class LatteFlowTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
     def _run(self, layer: nn.Module, *given: torch.Tensor, **named: Any) -> Any:
         """Call a layer; with gradient checkpointing, forget its activations until they are needed."""
         if torch.is_grad_enabled() and self.gradient_checkpointing:
-            return self._gradient_checkpointing_func(partial(layer, **named), *given)
+            return cast(Any, self._gradient_checkpointing_func)(partial(layer, **named), *given)
         return layer(*given, **named)
 
     def _rotary(

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from latteflow.data.captioned import CaptionedImages, load_captioned_images
+from latteflow.data.latents import LatentShards
+from latteflow.data.quarantine import Quarantined
+from latteflow.data.sources import KINDS, open_source
+from latteflow.errors import UserError
 from latteflow.train.autoencoder import AutoencoderStage
 from latteflow.train.backbone import BackboneStage
-from latteflow.train.feeds import MemoryFeed
+from latteflow.train.encode_parts import load_encoder
+from latteflow.train.feeds import Feed, MemoryFeed
 from latteflow.train.generator import GeneratorStage
 from latteflow.train.recipe import AutoencoderRecipe, BackboneRecipe, DataSection, GeneratorRecipe
 from latteflow.train.stage import Stage
+from latteflow.train.streamed import LatentFeed, PictureFeed
 
 
 def build_stage(recipe: AutoencoderRecipe | BackboneRecipe | GeneratorRecipe) -> Stage:
@@ -19,14 +27,41 @@ def build_stage(recipe: AutoencoderRecipe | BackboneRecipe | GeneratorRecipe) ->
     Raises:
         UserError: the data set, the autoencoder or the backbone that the recipe names is not there.
     """
-    images, heldout = (load_split(recipe.data, split) for split in ("train", "heldout"))
     torch.manual_seed(recipe.train.seed)  # initial weights come from torch's global generator
+    if isinstance(recipe, GeneratorRecipe):
+        feed, size = _feed_of(recipe)
+        return GeneratorStage(recipe.generator, feed, size=size, seed=recipe.train.seed)
+    if recipe.data.kind != "captioned":
+        raise UserError(f"the {recipe.stage} stage trains on data.kind=captioned only: got {recipe.data.kind}")
+    images, heldout = (load_split(recipe.data, split) for split in ("train", "heldout"))
     if isinstance(recipe, AutoencoderRecipe):
         return AutoencoderStage(recipe.autoencoder, images, heldout)
-    if isinstance(recipe, BackboneRecipe):
-        return BackboneStage(recipe.backbone, images, heldout)
-    feed = MemoryFeed(images, heldout, recipe.generator.captions_per_image, recipe.train.seed)
-    return GeneratorStage(recipe.generator, feed, size=images.pixels.shape[-1], seed=recipe.train.seed)
+    return BackboneStage(recipe.backbone, images, heldout)
+
+
+def _feed_of(recipe: GeneratorRecipe) -> tuple[Feed, int]:
+    """Return where latents and contexts come from, and the pixels a side of a picture."""
+    data, settings = recipe.data, recipe.generator
+    if data.kind == "captioned":
+        images, heldout = (load_split(data, split) for split in ("train", "heldout"))
+        return MemoryFeed(images, heldout, settings.captions_per_image, recipe.train.seed), images.pixels.shape[-1]
+    if data.kind == "latents":
+        _, identity = load_encoder(settings.autoencoder)
+        expected = {f"autoencoder.{field}": identity[field] for field in ("sha256", "latent_scale")}
+        shards = LatentShards(data.path, {**expected, "size": data.size})
+        return LatentFeed(shards, data.validation), shards.manifest["size"]
+    if data.size is None:
+        raise UserError("data.size is missing: how many pixels a side, such as 256")
+    if data.buckets:
+        raise UserError(
+            "data.buckets needs to know every picture's shape: encode first, then train on data.kind=latents"
+        )
+    fields = data.model_dump()
+    options = {name: fields.get(name) for name in KINDS[data.kind][1]}
+    if data.kind == "webdataset":
+        options["index_folder"] = Path(recipe.output) / "indexes"
+    source = Quarantined(open_source(data.kind, data.path, **options), recipe.output, data.quarantine_limit)
+    return PictureFeed(source, (data.size, data.size), data.validation), data.size
 
 
 def load_split(data: DataSection, split: str) -> CaptionedImages:

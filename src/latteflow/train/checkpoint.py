@@ -45,7 +45,7 @@ def save_checkpoint(
     state: dict[str, Any],
     keep: int,
 ) -> Path:
-    """Write the state after ``step`` steps; once it is verified, remove all but the newest ``keep`` checkpoints.
+    """Write the state after ``step`` steps; once it is verified, remove all but the newest ``keep`` complete ones.
 
     Raises:
         OSError: it cannot be written; nothing of it is left, and no older one is touched.
@@ -68,7 +68,9 @@ def save_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(f"checkpoint {folder} cannot be written: {_reason(error)}") from error
     verify_checkpoint(folder)
-    for old in checkpoint_folders(output)[:-keep]:
+    # What is newer is damaged, or the run would have gone on from there; what is incomplete, a killed process left.
+    kept = [complete for complete in checkpoint_folders(output) if complete <= folder][-keep:]
+    for old in {*_step_folders(output), *folder.parent.glob(".step-*.partial")} - {*kept}:
         shutil.rmtree(old, ignore_errors=True)
     return folder
 

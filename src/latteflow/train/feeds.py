@@ -38,6 +38,10 @@ class Feed:
         """Return mean and spread a channel of the scaled latents of some training pictures."""
         raise NotImplementedError
 
+    def indices(self, step: int, batch_size: int, seed: int) -> torch.Tensor | None:
+        """Return a step's samples where not any can stand together; None for the loop's own order."""
+        return None
+
     def read(self, samples: Samples) -> Any:
         """Return what comes from the disk; called in worker processes where there are some."""
         return None

@@ -6,17 +6,14 @@ once, and a step runs the replica alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderDC
 from PIL import Image
-from safetensors import SafetensorError
 from torch import nn
-from transformers import Qwen2VLForConditionalGeneration
 
 from latteflow.data.grid import picture_grid
 from latteflow.data.loader import generator_of
@@ -25,12 +22,15 @@ from latteflow.flow.objective import FlowLoss, layerwise_flow_loss
 from latteflow.flow.path import interpolate, target_velocity
 from latteflow.flow.schedulers import make_scheduler
 from latteflow.flow.timesteps import balanced_groups, timesteps_of
+from latteflow.models.autoencoder import AUTOENCODERS
 from latteflow.models.context import Context
-from latteflow.models.processor import LatteFlowProcessor
+from latteflow.models.embedded import resolve_model
+from latteflow.models.lora import lora_config
 from latteflow.models.transformer import LatteFlowTransformer
 from latteflow.pipeline import LatteFlowPipeline
+from latteflow.train.encode_parts import load_encoder, load_prompter
 from latteflow.train.feeds import Feed
-from latteflow.train.recipe import GeneratorSection
+from latteflow.train.recipe import GeneratorSection, LoraSection
 from latteflow.train.samples import Samples
 from latteflow.train.stage import Stage
 
@@ -41,8 +41,10 @@ class GeneratorStage(Stage):
     def __init__(self, settings: GeneratorSection, feed: Feed, *, size: int, seed: int) -> None:
         self.settings, self.feed, self.seed = settings, feed, seed
         self.number = feed.number
-        vae = _load_autoencoder(settings.autoencoder)
-        backbone, processor = _load_backbone(settings.backbone)
+        for part in ("autoencoder", "backbone"):
+            _require_there(part, getattr(settings, part))
+        vae, _ = load_encoder(settings.autoencoder)
+        backbone, processor, _ = load_prompter(settings.backbone)
         mean, std = feed.statistics(vae)
         replica = LatteFlowTransformer.from_backbone(
             backbone,
@@ -57,10 +59,15 @@ class GeneratorStage(Stage):
             initial_scale=settings.initial_scale,
             latents_mean=mean,
             latents_std=std,
+            backbone_name=settings.backbone,
         )
+        if settings.start_from is not None:
+            _start_from(replica, settings.start_from)
         self.pipe = LatteFlowPipeline(backbone, processor, replica, vae, make_scheduler("euler"))
         self.pipe.set_progress_bar_config(disable=True)
-        if settings.groups is not None:
+        if settings.lora is not None:
+            _adapt(replica, settings.lora, settings.groups)
+        elif settings.groups is not None:
             _train_only(replica, settings.groups)
         self.model: nn.Module = replica
         self.device = torch.device("cpu")
@@ -71,6 +78,10 @@ class GeneratorStage(Stage):
         self.pipe.backbone.to(device)
         self.pipe.vae.to(device)
         self.feed.prepare(self.pipe, device)
+
+    def indices(self, step: int, batch_size: int, seed: int) -> torch.Tensor | None:
+        """Return the samples that the feed puts together."""
+        return self.feed.indices(step, batch_size, seed)
 
     def read(self, samples: Samples) -> Any:
         """Return what the feed reads from the disk."""
@@ -158,7 +169,7 @@ class GeneratorStage(Stage):
             x_0 = torch.randn(x_1.shape, generator=generator).to(self.device)
             found = self._flow_loss(self.model, x_0, x_1, groups.to(self.device), t.to(self.device), context)
             total, number = total + found.total.item() * len(x_1), number + len(x_1)
-        return {"loss": total / number}
+        return {"loss": total / number} if number else {}
 
     def preview(self) -> Image.Image:
         """Return four pictures for each preview prompt, side by side, two prompts a row."""
@@ -173,8 +184,47 @@ class GeneratorStage(Stage):
         return picture_grid(pictures * 2 - 1, columns=8)
 
     def export(self, folder: Path) -> None:
-        """Write the whole pipeline: backbone, processor, replica, autoencoder and scheduler."""
+        """Write the whole pipeline: backbone, processor, replica, autoencoder and scheduler; adapters apart as well."""
+        replica = self.pipe.transformer
+        if self.settings.lora is None:
+            self.pipe.save_pretrained(folder)
+            return
+        replica.save_lora_adapter(folder / "lora")
+        replica.fuse_lora()
         self.pipe.save_pretrained(folder)
+        replica.unfuse_lora()
+
+
+def _require_there(part: str, name: str) -> None:
+    """Refuse a folder that is not there, before a library asks the hub for it."""
+    if (
+        Path(resolve_model(name)).is_dir()
+        or name in AUTOENCODERS
+        or re.fullmatch(r"(?!runs/)[\w-][\w.-]*/[\w.-]+", name)
+    ):
+        return
+    raise UserError(
+        f"no {part} in {name}: train one with `latteflow train recipes/emoji-64/{part}.yaml`, or give a folder, hub id or "
+        "embedded model that is there"
+    )
+
+
+def _start_from(replica: LatteFlowTransformer, name: str) -> None:
+    """Take over the weights of a trained replica of the same shape; latent statistics stay those of the new data."""
+    folder = Path(resolve_model(name)) / "transformer"
+    if not folder.is_dir():
+        raise UserError(f"generator.start_from={name}: there is no trained pipeline in {folder.parent}")
+    trained = LatteFlowTransformer.from_pretrained(folder, use_safetensors=True).state_dict()
+    own = replica.state_dict()
+    for key in sorted(set(own) ^ set(trained)) + [k for k in own if k in trained and own[k].shape != trained[k].shape]:
+        raise UserError(f"generator.start_from={name} does not fit this recipe (weight {key!r})")
+    replica.load_state_dict(trained)
+
+
+def _adapt(replica: LatteFlowTransformer, lora: LoraSection, groups: Sequence[int] | None) -> None:
+    """Freeze the replica and put trainable adapters beside it."""
+    replica.requires_grad_(False)
+    replica.add_adapter(lora_config(replica, lora.rank, lora.alpha, groups))
 
 
 def _train_only(replica: LatteFlowTransformer, groups: Sequence[int]) -> None:
@@ -183,30 +233,3 @@ def _train_only(replica: LatteFlowTransformer, groups: Sequence[int]) -> None:
     for group in groups:
         for module in (*(replica.layers[i] for i in replica.layers_of(group)), replica.io[group]):
             module.requires_grad_(True)
-
-
-def _load_autoencoder(folder: str) -> AutoencoderDC:
-    if not (Path(folder) / "config.json").is_file():
-        raise UserError(
-            f"no autoencoder in {folder}: train one with `latteflow train recipes/emoji-64/autoencoder.yaml`"
-        )
-    with _intact("autoencoder", folder):
-        return AutoencoderDC.from_pretrained(folder).requires_grad_(False).eval()
-
-
-def _load_backbone(folder: str) -> tuple[Qwen2VLForConditionalGeneration, LatteFlowProcessor]:
-    if not (Path(folder) / "config.json").is_file():
-        raise UserError(f"no backbone in {folder}: train one with `latteflow train recipes/emoji-64/backbone.yaml`")
-    with _intact("backbone", folder):
-        backbone = Qwen2VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-        return backbone.requires_grad_(False).eval(), LatteFlowProcessor.from_pretrained(folder)
-
-
-@contextmanager
-def _intact(part: str, folder: str) -> Iterator[None]:
-    """Name the part and its folder where its files cannot be read."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{part} {folder} cannot be loaded ({reason}): train it anew") from error

@@ -159,7 +159,7 @@ class _Run:
         settings, accelerator = self.settings, self.accelerator
         if settings.activation_checkpointing:
             if not getattr(model, "_supports_gradient_checkpointing", False):
-                raise UserError(f"train.activation_checkpointing: the {self.recipe.stage} stage cannot; set it to false")
+                raise UserError(f"train.activation_checkpointing: a {type(model).__name__} cannot; set it to false")
             model.enable_gradient_checkpointing()  # type: ignore[operator]
         if settings.compile:
             for module in model.modules():
@@ -318,6 +318,7 @@ class _Steps(Dataset[tuple[list[Samples], list[Any]]]):
             number=self.stage.number,
             batch_size=settings.batch_size,
             seed=settings.seed,
+            index=self.stage.indices(step, settings.batch_size, settings.seed),
             chosen=self.stage.chosen(settings.batch_size, settings.seed, step),
             process=self.process,
             processes=self.processes,

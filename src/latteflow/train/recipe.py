@@ -39,9 +39,23 @@ class Section(BaseModel):
 
 
 class DataSection(Section):
-    """Which pictures, of those in a captioned set."""
+    """Which pictures, and how they are read."""
 
+    kind: Literal["captioned", "image_folder", "captions_csv", "webdataset", "parquet", "shapes", "latents"] = (
+        "captioned"
+    )
+    """``captioned``: a set of this project's own, in memory; the others are read sample by sample (docs/data.md)."""
     path: str = "data/emoji"
+    size: PositiveInt | None = None
+    """Pixels a side that pictures are brought to; of a captioned set, its own."""
+    buckets: bool = False
+    """Keep the shape of pictures: sizes of about ``size`` squared, one a batch."""
+    class_names: str | None = None
+    """Of an image folder: a file that names its classes."""
+    quarantine_limit: Probability = 0.01
+    """The share of samples that may be unreadable."""
+    validation: NonNegativeInt = 512
+    """How many samples, the last ones, are kept for validation; of a captioned set, its own held-out ones are."""
     leave_out_groups: tuple[str, ...] = ()
     leave_out_subgroups: tuple[str, ...] = ()
     styles: tuple[str, ...] = ()
@@ -133,6 +147,29 @@ class BackboneSection(Section):
     augment: bool = True
 
 
+class LoraSection(Section):
+    """Adapters beside frozen weights, through PEFT."""
+
+    rank: PositiveInt = 16
+    alpha: PositiveFloat | None = None
+    """Their output is scaled by alpha / rank; left out, by 1."""
+
+
+class EncodeSection(Section):
+    """Latents ahead of training: ``latteflow encode``."""
+
+    output: str
+    """Folder of the shards."""
+    shard_size: PositiveInt = 1024
+    batch_size: PositiveInt = 32
+    dtype: Literal["float32", "float16", "bfloat16"] = "bfloat16"
+    contexts: bool = False
+    """Prompts' contexts as well."""
+    backend: Literal["local", "ray"] = "local"
+    workers: NonNegativeInt = 0
+    """Ray actors, each with an autoencoder of its own; 0 for one a device."""
+
+
 class GeneratorSection(Section):
     """The replica and how it is trained."""
 
@@ -140,12 +177,16 @@ class GeneratorSection(Section):
     """Folder of the trained autoencoder."""
     backbone: str
     """Folder of the trained backbone and its processor."""
+    start_from: str | None = None
+    """A trained pipeline (folder or embedded model) of the same shape, whose replica's weights are taken over."""
     num_groups: PositiveInt = 4
     edges: tuple[float, ...] | None = None
     """Edges of the timestep intervals; left out, uniform."""
     residual_attention: Literal["probs", "logits", "none"] = "probs"
     shared_io: bool = True
     """One patch embedding, time embedding and head for all groups; if false, groups share no trainable weight."""
+    lora: LoraSection | None = None
+    """Train adapters only; left out, every weight of the replica."""
     groups: tuple[NonNegativeInt, ...] | None = None
     """The groups to train; left out, all. Others keep their weights. Needs ``shared_io: false``."""
     patch_size: PositiveInt = 1
@@ -202,6 +243,7 @@ class GeneratorRecipe(StageRecipe):
 
     stage: Literal["generator"]
     generator: GeneratorSection
+    encode: EncodeSection | None = None
 
 
 Recipe = Annotated[AutoencoderRecipe | BackboneRecipe | GeneratorRecipe, Field(discriminator="stage")]
@@ -259,7 +301,7 @@ def _explain(error: ValidationError) -> str:
 
 def _known_keys() -> set[str]:
     sections: list[type[Section]] = [AutoencoderRecipe, BackboneRecipe, GeneratorRecipe, DataSection, TrainSection]
-    sections += [AutoencoderSection, BackboneSection, GeneratorSection]
+    sections += [AutoencoderSection, BackboneSection, GeneratorSection, LoraSection, EncodeSection]
     return {name for section in sections for name in section.model_fields}
 
 

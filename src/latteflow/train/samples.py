@@ -76,6 +76,7 @@ def step_samples(
     number: int,
     batch_size: int,
     seed: int,
+    index: torch.Tensor | None = None,
     chosen: torch.Tensor | None = None,
     process: int = 0,
     processes: int = 1,
@@ -92,6 +93,7 @@ def step_samples(
         number: samples of the set.
         batch_size: samples of a step, over all processes and parts.
         seed: the run's.
+        index: the samples of the step, int64 (batch_size,); left out, of a fresh permutation every epoch.
         chosen: places of the batch that are trained on; left out, all.
         process: this process's number.
         processes: how many there are.
@@ -100,7 +102,8 @@ def step_samples(
     Returns:
         The parts; none at all, in any process, where nothing is chosen.
     """
-    index = batch_indices(step, number=number, batch_size=batch_size, seed=seed)
+    if index is None:
+        index = batch_indices(step, number=number, batch_size=batch_size, seed=seed)
     places = torch.arange(batch_size)
     chosen = places if chosen is None else chosen
     if not len(chosen):

@@ -27,6 +27,10 @@ class Stage:
     def to(self, device: torch.device) -> None:
         """Move what the stage holds beside ``model`` to the device."""
 
+    def indices(self, step: int, batch_size: int, seed: int) -> torch.Tensor | None:
+        """Return the samples of a step, int64 (batch_size,); None for the loop's own order."""
+        return None
+
     def chosen(self, batch_size: int, seed: int, step: int) -> torch.Tensor | None:
         """Return the places of a batch that are trained on, int64; None for all."""
         return None
