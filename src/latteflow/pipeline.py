@@ -27,6 +27,7 @@ from latteflow.models.answers import greedy_answers
 from latteflow.models.autoencoder import decode_latents
 from latteflow.models.context import Context, compute_context, concatenate
 from latteflow.models.conversation import ConversationCache, on_white
+from latteflow.models.lora import LoraMixin
 from latteflow.models.processor import LatteFlowProcessor, Message
 from latteflow.models.request import check_output, check_prompt, check_sampling, check_size
 from latteflow.models.residency import disable_group_residency, enable_group_residency
@@ -34,7 +35,7 @@ from latteflow.models.stored import StoredPipeline
 from latteflow.models.transformer import LatteFlowTransformer
 
 
-class LatteFlowPipeline(StoredPipeline):
+class LatteFlowPipeline(LoraMixin, StoredPipeline):
     """One model that draws and answers.
 
     Usage:

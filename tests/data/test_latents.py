@@ -177,7 +177,7 @@ class TestExpectations:
 
 class TestDamage:
     def test_no_manifest(self, tmp_path):
-        with pytest.raises(UserError, match="no latents in .*latteflow encode"):
+        with pytest.raises(UserError, match=r"no latents in .*latteflow encode"):
             LatentShards(tmp_path)
 
     @pytest.mark.parametrize(

@@ -377,7 +377,7 @@ class TestParquet:
 
     def test_columns_that_are_not_plain(self, tmp_path):
         file = write_parquet(tmp_path / "a.parquet", {"one": [b"x"], "two": [b"x"], "words": ["w"]})
-        with pytest.raises(UserError, match="say which column of .* holds the picture with picture_column"):
+        with pytest.raises(UserError, match=r"say which column of .* holds the picture with picture_column"):
             open_source("parquet", file, cache=tmp_path / "cache")
         with pytest.raises(UserError, match="holds the caption with caption_column: it has one, two, words"):
             open_source("parquet", file, cache=tmp_path / "cache", picture_column="one")
@@ -386,9 +386,9 @@ class TestParquet:
         (tmp_path / "a.parquet").write_bytes(b"no parquet")
         with pytest.raises(UserError, match="cannot be read"):
             open_source("parquet", tmp_path, cache=tmp_path / "cache")
-        with pytest.raises(UserError, match="give a folder of .parquet files, or a hub id"):
+        with pytest.raises(UserError, match=r"give a folder of \.parquet files, or a hub id"):
             open_source("parquet", "a/b/c")
-        with pytest.raises(UserError, match="data set nobody/nothing .* cannot be read"):
+        with pytest.raises(UserError, match=r"data set nobody/nothing .* cannot be read"):
             open_source("parquet", "nobody/nothing", cache=tmp_path / "cache")
 
     def test_a_stream_gives_the_same_rows_from_any_place(self, tmp_path):

@@ -194,6 +194,8 @@ def test_drawing_needs_weights_context_and_the_most_demanding_moment(parts):
     assert need.weight_bytes == sum(weight_bytes(part) for part in parts)
     assert need.context_bytes == 2 * 2 * 32 * 2 * 30 * 3 * 64 * 2
     assert need.peak_bytes == need.weight_bytes + need.context_bytes + need.decoder_bytes
+    # SmolVLM: 49280 words, width 576, inside 1536
+    assert need.prefill_bytes == 32 * (2 * 576 + 3 * 1536) * 2 + 49280 * (2 + 4) + 49280 * 576 * 2
     alone = inference_memory(*parts, prompt_tokens=32, guided=False)
     assert (2 * alone.context_bytes, 2 * alone.step_bytes) == (need.context_bytes, need.step_bytes)
     assert inference_memory(*parts, prompt_tokens=32, images=4).step_bytes == 4 * need.step_bytes

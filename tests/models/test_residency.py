@@ -8,6 +8,7 @@ import weakref
 from collections import Counter
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from diffusers.hooks import apply_group_offloading
@@ -266,24 +267,24 @@ def test_weights_kept_in_memory(ledger):
     assert torch.equal(pixels(pipe), expected)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("from_disk", [False, True])
-def test_on_a_gpu(folder, from_disk):
-    expected = pixels(loaded(folder).to("cuda"))
-    pipe = loaded(folder)
-    pipe.enable_group_residency(folder if from_disk else None, device="cuda")
-    for _ in range(3):
+if torch.cuda.is_available():  # elsewhere there is nothing to say
+
+    @pytest.mark.parametrize("from_disk", [False, True])
+    def test_on_a_gpu(folder, from_disk):
+        expected = pixels(loaded(folder).to("cuda"))
+        pipe = loaded(folder)
+        pipe.enable_group_residency(folder if from_disk else None, device="cuda")
+        for _ in range(3):
+            assert torch.equal(pixels(pipe), expected)
+        pipe.disable_group_residency()
+        assert {parameter.device.type for parameter in pipe.transformer.parameters()} == {"cuda"}
         assert torch.equal(pixels(pipe), expected)
-    pipe.disable_group_residency()
-    assert {parameter.device.type for parameter in pipe.transformer.parameters()} == {"cuda"}
-    assert torch.equal(pixels(pipe), expected)
 
 
 # ---- adapters
 
 
 def with_adapter(pipe):
-    peft = pytest.importorskip("peft")
     pipe.transformer.add_adapter(peft.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "down_proj"]))
     adapter = [parameter for parameter in pipe.transformer.layers.parameters() if parameter.requires_grad]
     for number, parameter in enumerate(adapter):
@@ -502,7 +503,6 @@ def test_the_replica_alone(folder):
 
 
 def test_the_documents_examples_run(tmp_path, monkeypatch):
-    pytest.importorskip("peft")
     monkeypatch.chdir(tmp_path)
     text = (Path(__file__).parents[2] / "docs" / "memory.md").read_text(encoding="utf-8")
     examples = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)

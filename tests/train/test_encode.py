@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -397,43 +396,61 @@ def test_a_process_killed_twice_and_resumed_leaves_what_a_straight_run_leaves(pa
     assert files(folder) == files(tmp_path / "straight")
 
 
+RAY = """
+import json, os, sys
+from pathlib import Path
+from latteflow.data.sources import open_source
+from latteflow.errors import UserError
+from latteflow.train.encode import EncodeJob, encode
+from latteflow.train.encode_ray import having_ray
+
+source, parts, runs = open_source("image_folder", sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
+with having_ray(2):  # once for all runs: it takes its time
+    for folder, changes in runs:
+        seen, settings = [], {"shard_size": 4, "batch_size": 3, "quarantine_limit": 0.5, "buckets": True, **changes}
+        settings = {"device": "cpu", "workers": 1, **settings}
+        try:
+            encode(EncodeJob(source, Path(folder), f"{parts}/autoencoder", 32, backend="ray", **settings), seen.append)
+            print(json.dumps([now.done for now in seen if now.what == "latents"]))
+        except UserError as error:
+            print(json.dumps(str(error)))
+assert not {"RAY_AUTH_TOKEN", "RAY_AUTH_MODE", "RAY_USAGE_STATS_ENABLED"} & set(os.environ)
+"""
+
+
 @pytest.mark.slow
-class TestRay:
-    """One local Ray a test, which takes seconds to come up."""
-
-    @pytest.fixture(autouse=True)
-    def _ray(self, monkeypatch):
-        pytest.importorskip("ray")
-        monkeypatch.delenv("RAY_ADDRESS", raising=False)
-        # Ray's processes import what the tests' objects are made of.
-        paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-        monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
-
-    @pytest.mark.filterwarnings("ignore")
-    def test_the_same_bytes_as_in_process(self, parts, tmp_path):
-        folder = write_image_folder(tmp_path / "set", {"cat": 9, "dog": 9})
-        (folder / "dog/broken.png").write_bytes(BROKEN["cut.png"])
-        settings = {"backbone": f"{parts}/backbone", "buckets": True, "shard_size": 4}
-        here = job(parts, tmp_path / "here", open_source("image_folder", folder), **settings)
-        there = dataclasses.replace(here, folder=tmp_path / "there", backend="ray", workers=2)
-        before = dict(os.environ)
-        encode(here)
-        seen = []
-        encode(there, seen.append)
-        assert files(tmp_path / "there") == files(tmp_path / "here")
-        assert [now.done for now in seen if now.what == "latents"][-1] == 19
-        assert dict(os.environ) == before
-
-    @pytest.mark.filterwarnings("ignore")
-    def test_taken_up_again_and_mistakes_in_one_line(self, parts, tmp_path):
-        folder = write_image_folder(tmp_path / "set", {"cat": 12})
-        one = job(parts, tmp_path / "out", open_source("image_folder", folder), shard_size=4, backend="ray", workers=1)
-        encode(one)
-        before = files(tmp_path / "out")
-        (tmp_path / "out/latents-00001.safetensors").unlink()
-        encode(one)
-        assert files(tmp_path / "out") == before
-        with pytest.raises(UserError, match=r"^.*made with dtype='bfloat16', and this run has 'float16': encode into"):
-            encode(dataclasses.replace(one, dtype="float16"))
-        with pytest.raises(UserError, match="3 workers need a GPU each: Ray has 0"):
-            encode(dataclasses.replace(one, device="cuda", workers=3))
+def test_on_ray_it_leaves_the_same_bytes(parts, tmp_path):
+    """A fresh run, one that is taken up again and two mistakes, in a process of its own: Ray leaves much behind."""
+    pytest.importorskip("ray")
+    folder = write_image_folder(tmp_path / "set", {"cat": 9, "dog": 9})
+    (folder / "dog/broken.png").write_bytes(BROKEN["cut.png"])
+    contexts = {"backbone": f"{parts}/backbone"}
+    here = job(parts, tmp_path / "here", open_source("image_folder", folder), buckets=True, shard_size=4)
+    again = dataclasses.replace(here, folder=tmp_path / "again")
+    encode(again)
+    before = files(again.folder)
+    for lost in ("latents-00001.safetensors", "manifest.json"):
+        (again.folder / lost).unlink()
+    encode(dataclasses.replace(here, **contexts))
+    runs = [("fresh", {"workers": 2, **contexts}), ("again", {}), ("here", {"dtype": "float16"})]
+    runs.append(("no", {"device": "cuda"}))
+    runs = json.dumps([(str(tmp_path / name), changes) for name, changes in runs])
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    done = subprocess.run(
+        [sys.executable, "-c", RAY, str(folder), str(parts), runs],
+        env={**environment, "OMP_NUM_THREADS": "1", "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    fresh, again, otherwise, no_gpu = [json.loads(line) for line in done.stdout.splitlines() if line[0] in '["']
+    assert fresh[-1] == again[-1] == 19
+    assert files(tmp_path / "fresh") == files(here.folder)
+    assert files(again.folder) == before
+    assert "was made with dtype='bfloat16', and this run has 'float16'" in otherwise
+    assert "Error" not in otherwise
+    if not torch.cuda.is_available():
+        assert no_gpu.startswith("1 workers need a GPU each: Ray has 0")
+    assert not (tmp_path / ".ray").exists()  # its secret is in no file

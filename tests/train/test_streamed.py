@@ -4,13 +4,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from latteflow import LatteFlowPipeline
 from latteflow.errors import UserError
 from latteflow.train.build import build_stage
 from latteflow.train.checkpoint import newest_checkpoint
 from latteflow.train.encode import encode
 from latteflow.train.encode_job import job_of
 from latteflow.train.loop import train
-from latteflow.train.recipe import GeneratorRecipe
+from latteflow.train.recipe import GeneratorRecipe, LoraSection
 from latteflow.train.samples import step_samples
 
 
@@ -126,3 +127,43 @@ def test_latents_of_another_autoencoder_are_refused(tmp_path, parts):
     other = other.model_copy(update={"generator": other.generator.model_copy(update={"autoencoder": "emoji-64"})})
     with pytest.raises(UserError, match="autoencoder.sha256"):
         build_stage(other)
+
+
+def adapted(given):
+    return given.model_copy(update={"generator": given.generator.model_copy(update={"lora": LoraSection(rank=2)})})
+
+
+def test_adapters_alone_are_trained_and_left_beside_the_whole(tmp_path, parts):
+    given = adapted(recipe(tmp_path, parts, {}))
+    stage = build_stage(given)
+    before = {name: p.clone() for name, p in stage.model.named_parameters() if not p.requires_grad}
+    final = train(given, stage)
+    saved = load_file(newest_checkpoint(tmp_path) / "model.safetensors")
+    assert saved
+    assert all("lora" in name for name in saved)
+    after = dict(stage.model.named_parameters())
+    assert all(torch.equal(after[name], weight) for name, weight in before.items())
+    whole = LatteFlowPipeline.from_pretrained(final)
+    start = build_stage(recipe(tmp_path / "start", parts, {})).pipe.transformer
+    start.load_lora_adapter(final / "lora", prefix=None, use_safetensors=True)
+    start.fuse_lora()
+    start.unload_lora()
+    for name, weight in whole.transformer.state_dict().items():
+        torch.testing.assert_close(start.state_dict()[name], weight, rtol=0, atol=1e-6)
+
+
+def test_a_run_starts_from_a_trained_replica(tmp_path, parts):
+    final = train(recipe(tmp_path / "first", parts, {}), build_stage(recipe(tmp_path / "first", parts, {})))
+    trained = LatteFlowPipeline.from_pretrained(final).transformer.state_dict()
+    again = recipe(tmp_path / "second", parts, {})
+    again = again.model_copy(update={"generator": again.generator.model_copy(update={"start_from": str(final)})})
+    for name, weight in build_stage(again).pipe.transformer.state_dict().items():
+        assert torch.equal(weight, trained[name]), name
+
+
+@pytest.mark.parametrize(("name", "reason"), [("nowhere", "no trained pipeline"), ("emoji-64", "does not fit")])
+def test_a_start_that_does_not_do_is_refused(tmp_path, parts, name, reason):
+    given = recipe(tmp_path, parts, {})
+    given = given.model_copy(update={"generator": given.generator.model_copy(update={"start_from": name})})
+    with pytest.raises(UserError, match=reason):
+        build_stage(given)

@@ -25,21 +25,25 @@ def encode(
     from latteflow.train.encode_job import job_of
     from latteflow.train.recipe import load_recipe
 
-    console = Console(stderr=True)
+    job = job_of(load_recipe(recipe, overrides or []))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as bars:
-        tasks: dict[str, TaskID] = {}
+    bars = Progress(*columns, console=Console(stderr=True))
+    tasks: dict[str, TaskID] = {}
 
-        def watch(now: EncodeProgress) -> None:
-            if now.what not in tasks:
-                tasks[now.what] = bars.add_task(now.what, total=now.total)
-            bad = f" ({now.bad} bad)" if now.bad else ""
-            bars.update(tasks[now.what], completed=now.done, description=f"{now.what}{bad}")
+    def watch(now: EncodeProgress) -> None:
+        bars.start()  # not before there is something to show
+        if now.what not in tasks:
+            tasks[now.what] = bars.add_task(now.what, total=now.total)
+        bad = f" ({now.bad} bad)" if now.bad else ""
+        bars.update(tasks[now.what], completed=now.done, description=f"{now.what}{bad}")
 
-        try:
-            latents = run(job_of(load_recipe(recipe, overrides or [])), watch)
-        except OSError as error:
-            raise UserError(f"encoding stopped: {error}; run it again to go on") from error
+    try:
+        latents = run(job, watch)
+    except OSError as error:
+        raise UserError(f"encoding stopped: {error}; run it again to go on") from error
+    finally:
+        if tasks:
+            bars.stop()
     bad = latents.manifest["bad"]
     left_out = f", {bad} left out ({latents.folder / 'quarantine.jsonl'})" if bad else ""
     print(f"latents: {latents.folder}: {len(latents)} samples{left_out}")

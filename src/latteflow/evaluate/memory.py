@@ -9,8 +9,9 @@ Drawing, S sequences at once (two a picture with guidance). Peak = weights + con
 =============  ========================================================================================
 weights        every weight and buffer of backbone, replica and autoencoder, each in its own dtype
 context        keys and values of S prompts, 2 L G T w each, and once more while halves are joined
-prefill        the longest moment of reading one prompt: the stream and three times I, T (2 D + 3 I) w, and the scores
-               of one next token, in float32 too
+prefill        reading one prompt: the stream and three times I, T (2 D + 3 I) w; the scores of one next token, in
+               float32 too; and a copy of the output matrix in the layout that oneDNN wants of bfloat16 on a CPU,
+               vocabulary D w, which a GPU does without
 step           S sequences of: the stream before, in and after a layer, 3 N D w; angles, 8 N h; and the larger of the
                feed-forward, 3 N I w, and attention: N A w and 2 (T + N) G w as projected, 2 (T + N) A w as every head
                has its own; scores, probabilities and their sum with the map of the layer before, 14 H N (T + N) +
@@ -136,7 +137,7 @@ def inference_memory(
     return InferenceMemory(
         weight_bytes=sum(weight_bytes(part) for part in (backbone, replica, vae)),
         context_bytes=2 * sequences * prompt_tokens * context_token_bytes(replica, backbone.dtype),
-        prefill_bytes=reading + text.vocab_size * (wide + 4),
+        prefill_bytes=reading + text.vocab_size * (wide + 4) + text.vocab_size * width * wide,
         step_bytes=step_bytes(replica, tokens, prompt_tokens, sequences=sequences),
         decoder_bytes=decoder_bytes(vae, side, images=images),
     )

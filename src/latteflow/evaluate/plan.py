@@ -14,9 +14,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from latteflow.errors import UserError
-from latteflow.evaluate.cost import active_parameters, prefill_flops, step_flops
+from latteflow.evaluate.cost import active_parameters
 from latteflow.evaluate.memory import lora_parameters, on_meta, training_memory
 from latteflow.models.autoencoder import AUTOENCODERS, autoencoder_hub_id
+from latteflow.models.flops import prefill_flops, step_flops
 from latteflow.models.presets import Preset, build_autoencoder, build_backbone, build_transformer, preset, preset_names
 from latteflow.train.recipe import GeneratorRecipe
 
@@ -88,8 +89,8 @@ class Plan:
             "operations in all": f"{self.total_flops:.3g} FLOP",
             "memory a device": f"{self.memory_bytes / 1e9:.1f} GB of {self.device.memory_bytes / 1e9:.0f} GB at "
             f"{self.samples_per_device} samples a pass, by formula: {fits}",
-            "days (estimate)": f"{self.days:.2f} on {self.devices} x {self.device.name}, if they reach {self.mfu:.0%} of "
-            f"{self.device.peak_flops / 1e12:.0f} TFLOP/s (assumed, not measured)",
+            "days (estimate)": f"{self.days:.2f} on {self.devices} x {self.device.name}, if they reach {self.mfu:.0%} "
+            f"of {self.device.peak_flops / 1e12:.0f} TFLOP/s (assumed, not measured)",
         }
 
 
@@ -192,7 +193,7 @@ def encode_flops(vae: Any, size: int) -> float:
 
 
 def _memory_a_device(memory: Any, strategy: str, devices: int, checkpointing: bool, replica: Any) -> int:
-    """Return the peak a device: fsdp2 shares what a weight brings with it; checkpointing keeps a layer's input alone."""
+    """Return the peak a device: fsdp2 shares what a weight brings; checkpointing keeps a layer's input alone."""
     share = devices if strategy == "fsdp2" else 1
     spread = (memory.weight_bytes + memory.optimizer_bytes + memory.average_bytes) // share
     activations = memory.activation_bytes

@@ -96,4 +96,5 @@ def load_autoencoder(name: str, dtype: torch.dtype, device: str | torch.device |
     """
     if Path(name).is_dir():
         require_safe(Path(name))
-    return AutoencoderDC.from_pretrained(name, dtype=dtype, use_safetensors=True).to(device or "cpu")
+    vae = AutoencoderDC.from_pretrained(name, dtype=dtype, use_safetensors=True)
+    return vae.to(device=torch.device(device or "cpu"))  # type: ignore[return-value]

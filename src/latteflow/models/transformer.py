@@ -114,6 +114,8 @@ class LatteFlowTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
     run_groups_of_all_processes = False
     """In training with sharded weights, which all processes gather together: run what any of them has samples of."""
     _supports_gradient_checkpointing = True
+    # diffusers moves a block out after every call, and misses the parts of ``io``: docs/memory.md has what does.
+    _supports_group_offloading = False
     _no_split_modules = ("ReplicaLayer",)
 
     @register_to_config

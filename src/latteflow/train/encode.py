@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, count, islice
@@ -23,7 +23,7 @@ from latteflow.data.sources.parquet import ParquetStream
 from latteflow.data.sources.source import Source
 from latteflow.errors import UserError
 from latteflow.train.encode_parts import load_encoder, load_prompter
-from latteflow.train.encode_ray import run_on_ray
+from latteflow.train.encode_ray import having_ray, run_on_ray
 from latteflow.train.encode_work import ContextWork, LatentWork
 
 _QUARANTINE = "quarantine.jsonl"
@@ -121,10 +121,11 @@ def encode(job: EncodeJob, watch: Watch = lambda progress: None) -> LatentShards
     if job.backend == "local":
         work.load(vae)
     del vae  # of actors each loads its own
-    entries = _latents(job, work, watch)
-    manifest = _manifest(job, identity, sizes, entries)
-    if job.backbone is not None:
-        manifest["contexts"] = _contexts(job, job.backbone, entries, watch)
+    with having_ray(job.workers) if job.backend == "ray" else nullcontext():
+        entries = _latents(job, work, watch)
+        manifest = _manifest(job, identity, sizes, entries)
+        if job.backbone is not None:
+            manifest["contexts"] = _contexts(job, job.backbone, entries, watch)
     _write_quarantine(job.folder, entries)
     write_json(job.folder / MANIFEST, manifest)
     return LatentShards(job.folder)

@@ -21,7 +21,7 @@ _OURS = ("RAY_USAGE_STATS_ENABLED", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
 
 
 def run_on_ray(work: Any, items: Sequence[Any], *, workers: int, device: str) -> Generator[dict[str, Any], None, None]:
-    """Yield the entries of shards as they are done, in any order.
+    """Yield the entries of shards as they are done, in any order; inside ``having_ray``.
 
     Args:
         work: loaded by ``load()`` and called with an item; returns JSON values.
@@ -36,31 +36,28 @@ def run_on_ray(work: Any, items: Sequence[Any], *, workers: int, device: str) ->
     import ray
     import ray.data
 
-    with _ray(workers):
-        gpus = 0 if device == "cpu" else int(ray.cluster_resources().get("GPU", 0))
-        if device not in ("auto", "cpu") and gpus < max(workers, 1):
-            raise UserError(f"{max(workers, 1)} workers need a GPU each: Ray has {gpus}")
-        workers = workers or gpus or 1
-        if gpus and workers > gpus:
-            raise UserError(f"{workers} workers need a GPU each: Ray has {gpus}; take fewer, or encode.device=cpu")
-        ray.data.DataContext.get_current().enable_progress_bars = False
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
-        rows = [{"item": json.dumps(item)} for item in items]
-        done = ray.data.from_items(rows, override_num_blocks=min(len(rows), 1000)).map_batches(
-            _Actor,
-            fn_constructor_args=(work,),
-            batch_size=1,
-            num_cpus=1,
-            num_gpus=1 if gpus else 0,
-            compute=ray.data.ActorPoolStrategy(size=workers),
-        )
-        for row in done.iter_rows():
-            outcome = json.loads(row["outcome"])
-            if "mistake" in outcome:
-                raise UserError(outcome["mistake"])
-            if "failure" in outcome:
-                raise OSError(outcome["failure"])
-            yield outcome["entry"]
+    gpus = 0 if device == "cpu" else int(ray.cluster_resources().get("GPU", 0))
+    wanted = max(workers, 1) if gpus or (device != "auto" and device != "cpu") else 0
+    if wanted > gpus:
+        raise UserError(f"{wanted} workers need a GPU each: Ray has {gpus}; take fewer, or encode.device=cpu")
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    rows = [{"item": json.dumps(item)} for item in items]
+    done = ray.data.from_items(rows, override_num_blocks=min(len(rows), 1000)).map_batches(
+        _Actor,
+        fn_constructor_args=(work,),
+        batch_size=1,
+        num_cpus=1,
+        num_gpus=1 if gpus else 0,
+        compute=ray.data.ActorPoolStrategy(size=min(workers or gpus or 1, len(rows))),
+    )
+    for row in done.iter_rows():
+        outcome = json.loads(row["outcome"])
+        if "mistake" in outcome:
+            raise UserError(outcome["mistake"])
+        if "failure" in outcome:
+            raise OSError(outcome["failure"])
+        yield outcome["entry"]
 
 
 class _Actor:
@@ -87,8 +84,12 @@ class _Actor:
 
 
 @contextmanager
-def _ray(workers: int) -> Iterator[None]:
-    """Have Ray: the one that runs, the cluster that RAY_ADDRESS names, or one of this process alone."""
+def having_ray(workers: int) -> Iterator[None]:
+    """Have Ray for a while: the one that runs, the cluster that RAY_ADDRESS names, or one of this process alone.
+
+    Args:
+        workers: how many actors it has to have room for.
+    """
     import ray
 
     if ray.is_initialized():
@@ -100,8 +101,9 @@ def _ray(workers: int) -> Iterator[None]:
         if os.environ.get("RAY_ADDRESS"):
             ray.init(log_to_driver=False, logging_level=logging.ERROR)
         else:
-            # Its ports are open to the network whatever address it is given: a secret keeps everybody else out.
-            os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"] = "token", _token()
+            # Its ports are open to the network whatever address it is given: a secret, which a Ray of one process
+            # asks for unless RAY_AUTH_MODE says otherwise, keeps everybody else out. Given here, it is in no file.
+            os.environ["RAY_AUTH_TOKEN"] = _token()
             ray.init(
                 address="local",
                 num_cpus=max(workers, 1),

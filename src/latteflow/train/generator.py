@@ -6,6 +6,7 @@ once, and a step runs the replica alone.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from latteflow.flow.timesteps import balanced_groups, timesteps_of
 from latteflow.models.autoencoder import AUTOENCODERS
 from latteflow.models.context import Context
 from latteflow.models.embedded import resolve_model
+from latteflow.models.flops import step_flops
 from latteflow.models.lora import lora_config
 from latteflow.models.transformer import LatteFlowTransformer
 from latteflow.pipeline import LatteFlowPipeline
@@ -33,6 +35,9 @@ from latteflow.train.feeds import Feed
 from latteflow.train.recipe import GeneratorSection, LoraSection
 from latteflow.train.samples import Samples
 from latteflow.train.stage import Stage
+
+_PROMPT_TOKENS = 20
+"""Assumed length of a prompt where operations are reckoned: a prompt is read by attention alone, a percent or two."""
 
 
 class GeneratorStage(Stage):
@@ -159,6 +164,13 @@ class GeneratorStage(Stage):
         groups, t = self._times(samples)
         return {"group": groups.tolist(), "t": t.tolist()}
 
+    def flops_per_sample(self) -> float:
+        """Return the operations of the replica's forward and backward pass on one sample, by formula."""
+        config = self.pipe.transformer.config
+        tokens = (config.sample_size // config.patch_size) ** 2
+        passes = 4 if self.pipe.transformer.is_gradient_checkpointing else 3
+        return passes * step_flops(self.pipe.transformer, tokens, _PROMPT_TOKENS)
+
     def validate(self) -> dict[str, float]:
         """Return the loss on held-out pictures with their canonical captions: same noise and times at every call."""
         total, number = 0.0, 0
@@ -189,10 +201,11 @@ class GeneratorStage(Stage):
         if self.settings.lora is None:
             self.pipe.save_pretrained(folder)
             return
+        fused = copy.deepcopy(replica)
+        fused.fuse_lora()
+        fused.unload_lora()
+        LatteFlowPipeline(**{**self.pipe.components, "transformer": fused}).save_pretrained(folder)
         replica.save_lora_adapter(folder / "lora")
-        replica.fuse_lora()
-        self.pipe.save_pretrained(folder)
-        replica.unfuse_lora()
 
 
 def _require_there(part: str, name: str) -> None:

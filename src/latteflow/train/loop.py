@@ -92,6 +92,7 @@ def train(recipe: StageRecipe, stage: Stage, *, watch: Callable[[Progress], None
     if settings.cpu_threads:
         torch.set_num_threads(settings.cpu_threads)
     accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # or processes on CPUs would not find one another
         # Heads, and the layers of a group without samples, may have no gradient in a step.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         mixed_precision=settings.mixed_precision,
@@ -106,8 +107,9 @@ def train(recipe: StageRecipe, stage: Stage, *, watch: Callable[[Progress], None
     run = _Run(accelerator, recipe, settings, output, stage)
     with _asked_to_stop() as asked:
         run.steps(watch, asked)
-    accelerator.end_training()
-    return run.export()
+    final = run.export()
+    accelerator.end_training()  # after which processes no longer hear of one another
+    return final
 
 
 class _Run:

@@ -1,4 +1,4 @@
-"""Coloured shapes with captions, drawn on the spot: a source that needs no file, to try a recipe and measure a machine."""
+"""Coloured shapes with captions, drawn on the spot: a source without a file, to try a recipe or measure a machine."""
 
 from __future__ import annotations
 
