@@ -49,7 +49,7 @@ def _run(arguments, desk):
 
 def _translated(command):
     words = [str(ROOT / word) if word.startswith("recipes/") else word for word in shlex.split(command)]
-    if words[:2] == ["latteflow", "train"]:
+    if words[:2] == ["latteflow", "train"] and "--dry-run" not in words:
         words += TRAINING
     return [sys.executable, "-m", "latteflow", *words[1:]]
 

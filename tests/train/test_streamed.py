@@ -125,7 +125,7 @@ def test_latents_of_another_autoencoder_are_refused(tmp_path, parts):
     encode(job_of(pictures))
     other = recipe(tmp_path / "latents", parts, {"kind": "latents", "path": pictures.encode.output})
     other = other.model_copy(update={"generator": other.generator.model_copy(update={"autoencoder": "emoji-64"})})
-    with pytest.raises(UserError, match="autoencoder.sha256"):
+    with pytest.raises(UserError, match=r"autoencoder\.sha256"):
         build_stage(other)
 
 

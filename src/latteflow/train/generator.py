@@ -217,8 +217,8 @@ def _require_there(part: str, name: str) -> None:
     ):
         return
     raise UserError(
-        f"no {part} in {name}: train one with `latteflow train recipes/emoji-64/{part}.yaml`, or give a folder, hub id or "
-        "embedded model that is there"
+        f"no {part} in {name}: train one with `latteflow train recipes/emoji-64/{part}.yaml`, or give a folder, hub id "
+        "or embedded model that is there"
     )
 
 
