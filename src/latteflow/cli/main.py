@@ -10,9 +10,11 @@ import typer
 from latteflow.cli.ask import ask
 from latteflow.cli.chat import chat
 from latteflow.cli.data import data
+from latteflow.cli.encode import encode
 from latteflow.cli.evaluate import evaluate
 from latteflow.cli.generate import generate
 from latteflow.cli.info import info
+from latteflow.cli.merge import merge
 from latteflow.cli.train import train
 from latteflow.errors import UserError
 
@@ -23,6 +25,7 @@ _EXTRAS = {
     "pyarrow": "data",
     "datasets": "data",
     "resvg_py": "data",
+    "ray": "ray",
 }
 """Which extra brings a module that only some verbs need."""
 
@@ -33,7 +36,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for _verb in (generate, ask, chat, info, data, train, evaluate):
+for _verb in (generate, ask, chat, info, data, encode, train, merge, evaluate):
     app.command()(_verb)
 
 

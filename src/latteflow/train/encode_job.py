@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from latteflow.data.sources import KINDS, open_source
+from latteflow.data.sources import KINDS
 from latteflow.data.sources.captioned import Captioned
-from latteflow.data.sources.parquet import ParquetStream
 from latteflow.errors import UserError
 from latteflow.train.build import load_split
 from latteflow.train.encode import EncodeJob
 from latteflow.train.recipe import DataSection, GeneratorRecipe, Section
+from latteflow.train.sources import source_of, stream_of
 
 
 def job_of(recipe: Section) -> EncodeJob:
@@ -48,13 +48,5 @@ def _source(data: DataSection, folder: Path) -> tuple[Any, int]:
         raise UserError(f"data.kind={data.kind} cannot be encoded: take {', '.join(['captioned', *KINDS])}")
     if data.size is None:
         raise UserError("data.size is missing: how many pixels a side, such as 256")
-    fields = data.model_dump()
-    options = {name: fields.get(name) for name in KINDS[data.kind][1]}
-    if fields.get("streaming"):
-        if data.kind != "parquet":
-            raise UserError(f"data.streaming is for data.kind=parquet: a {data.kind} source is read where it lies")
-        return ParquetStream(
-            data.path, **{name: value for name, value in options.items() if value is not None}
-        ), data.size
-    options["index_folder"] = folder / "indexes" if data.kind == "webdataset" else None
-    return open_source(data.kind, data.path, **options), data.size
+    stream = data.model_dump().get("streaming")
+    return stream_of(data) if stream else source_of(data, folder), data.size
