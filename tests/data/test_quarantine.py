@@ -40,6 +40,12 @@ def test_no_broken_file_gets_through(name):
     assert str(again.value) == str(found.value)
 
 
+@pytest.mark.filterwarnings("ignore")  # as outside of tests, where Pillow only warns
+def test_a_large_picture_is_not_decoded_to_find_out():
+    with pytest.raises(BadSample, match="more than 89,478,485 pixels"):
+        picture_of(BROKEN["large.png"])
+
+
 def test_reasons_say_what_is_wrong():
     def reason(name):
         with pytest.raises(BadSample) as found:
@@ -163,6 +169,17 @@ def test_a_line_cut_short_does_no_harm(tmp_path):
     last = Quarantined(source_of([True, True, False]), tmp_path, limit=1)
     last.read(1, 0)
     assert set(last.bad) == {"000", "001"}
+
+
+def test_a_line_that_is_being_written_is_read_when_it_is_whole(tmp_path):
+    source = Quarantined(source_of([True, True, False]), tmp_path, limit=1)
+    with (tmp_path / "quarantine.jsonl").open("a") as other:
+        other.write('{"name": "another", "rea')
+        other.flush()
+        source._catch_up()
+        other.write('son": "why"}\n')
+    source._catch_up()
+    assert source.bad == {"another": "why"}
 
 
 class Rows(torch.utils.data.Dataset):

@@ -8,6 +8,7 @@ from safetensors import safe_open
 
 from latteflow import LatteFlowPipeline
 from latteflow.errors import UserError
+from latteflow.models import loading
 from latteflow.models.autoencoder import small_autoencoder
 from toys import seeded, shake, toy_backbone, toy_picture, toy_processor, toy_tokenizer, toy_vae
 
@@ -79,6 +80,16 @@ def test_parts_that_are_at_hand_need_no_folder(hub):
     )
     assert pipe.backbone is backbone
     assert (pipe.transformer.config.sample_size, pipe.transformer.config.residual_attention) == (8, "none")
+
+
+def test_a_published_autoencoder_is_found_by_its_name(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        loading.AutoencoderDC, "from_pretrained", lambda name, **settings: asked.append(name) or toy_vae()
+    )
+    loading.load_autoencoder("dc-ae-f32c32-sana-1.0", torch.float32)
+    loading.load_autoencoder("someone/other", torch.float32)
+    assert asked == ["mit-han-lab/dc-ae-f32c32-sana-1.0-diffusers", "someone/other"]
 
 
 def test_a_dtype_is_everyones(hub):

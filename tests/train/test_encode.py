@@ -242,9 +242,8 @@ class TestContexts:
         backbone, processor, identity = load_prompter(f"{parts}/backbone")
         assert latents.manifest["contexts"]["backbone"] == identity
         LatentShards(tmp_path, {"contexts.backbone.sha256": identity["sha256"]}).verify()
-        pipe = LatteFlowPipeline.__new__(LatteFlowPipeline)
         texts = ["", "red", "a red circle"]  # the first shard's, computed together there too
-        wanted = _prompted(pipe, backbone, processor, texts)
+        wanted = _prompted(backbone, processor, texts)
         found = contexts.read(torch.tensor([0, 1, 2]))
         assert torch.equal(found.mask, wanted.mask)
         assert torch.equal(found.next_position, wanted.next_position)
@@ -261,12 +260,12 @@ class TestContexts:
         assert files(tmp_path / "a") == files(tmp_path / "b")
 
 
-def _prompted(pipe, backbone, processor, texts):
+def _prompted(backbone, processor, texts):
     """What the pipeline's own encode_prompt returns."""
     from types import SimpleNamespace
 
     stand_in = SimpleNamespace(backbone=backbone, processor=processor, _execution_device=torch.device("cpu"))
-    return type(pipe).encode_prompt(stand_in, texts)
+    return LatteFlowPipeline.encode_prompt(stand_in, texts)
 
 
 class TestStreams:
@@ -426,11 +425,10 @@ def test_on_ray_it_leaves_the_same_bytes(parts, tmp_path):
     (folder / "dog/broken.png").write_bytes(BROKEN["cut.png"])
     contexts = {"backbone": f"{parts}/backbone"}
     here = job(parts, tmp_path / "here", open_source("image_folder", folder), buckets=True, shard_size=4)
-    again = dataclasses.replace(here, folder=tmp_path / "again")
-    encode(again)
-    before = files(again.folder)
+    encode(dataclasses.replace(here, folder=tmp_path / "again"))
+    before = files(tmp_path / "again")
     for lost in ("latents-00001.safetensors", "manifest.json"):
-        (again.folder / lost).unlink()
+        (tmp_path / "again" / lost).unlink()
     encode(dataclasses.replace(here, **contexts))
     runs = [("fresh", {"workers": 2, **contexts}), ("again", {}), ("here", {"dtype": "float16"})]
     runs.append(("no", {"device": "cuda"}))
@@ -445,10 +443,12 @@ def test_on_ray_it_leaves_the_same_bytes(parts, tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    fresh, again, otherwise, no_gpu = [json.loads(line) for line in done.stdout.splitlines() if line[0] in '["']
+    fresh, again, otherwise, no_gpu = [
+        json.loads(line) for line in done.stdout.splitlines() if line.startswith(("[", '"'))
+    ]
     assert fresh[-1] == again[-1] == 19
     assert files(tmp_path / "fresh") == files(here.folder)
-    assert files(again.folder) == before
+    assert files(tmp_path / "again") == before
     assert "was made with dtype='bfloat16', and this run has 'float16'" in otherwise
     assert "Error" not in otherwise
     if not torch.cuda.is_available():

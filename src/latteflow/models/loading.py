@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextTo
 from transformers.utils.hub import cached_file
 
 from latteflow.errors import UserError
+from latteflow.models.autoencoder import AUTOENCODERS, autoencoder_hub_id
 from latteflow.models.backbones import family_of
 from latteflow.models.processor import LatteFlowProcessor
 from latteflow.models.saved import require_safe
@@ -91,10 +92,16 @@ def _chat_template(name: str, revision: str | None) -> str | None:
 def load_autoencoder(name: str, dtype: torch.dtype, device: str | torch.device | None = None) -> AutoencoderDC:
     """Load a deep-compression autoencoder from a folder or the hub.
 
+    Args:
+        name: a folder, a hub id, or a published name of ``models/autoencoder.py``.
+        dtype: of its weights in memory.
+        device: left out, the CPU.
+
     Raises:
         UserError: the folder is not safe.
     """
     if Path(name).is_dir():
         require_safe(Path(name))
-    vae = AutoencoderDC.from_pretrained(name, dtype=dtype, use_safetensors=True)
+    place = autoencoder_hub_id(name) if name in AUTOENCODERS else name
+    vae = AutoencoderDC.from_pretrained(place, dtype=dtype, use_safetensors=True)
     return vae.to(device=torch.device(device or "cpu"))  # type: ignore[return-value]

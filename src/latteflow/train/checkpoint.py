@@ -58,7 +58,8 @@ def save_checkpoint(
         partial.mkdir(parents=True)
         save_file({name: tensor.contiguous() for name, tensor in model.items()}, partial / "model.safetensors")
         save_file({name: tensor.contiguous() for name, tensor in ema.items()}, partial / "ema.safetensors")
-        torch.save(optimizer, partial / "optimizer.pt")
+        with (partial / "optimizer.pt").open("wb") as file:
+            torch.save(optimizer, file)
         (partial / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
         _write_manifest(partial)
         shutil.rmtree(folder, ignore_errors=True)  # of a run that went on from an older one
@@ -165,4 +166,5 @@ def _sha256(file: Path) -> str:
 
 
 def _reason(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    told = error.__context__ if isinstance(error.__context__, OSError) else error  # torch hides what the disk said
+    return (str(told).strip().splitlines() or [type(told).__name__])[0]

@@ -246,9 +246,12 @@ class _Run:
             figures = {f"validation/{name}": value for name, value in self.stage.validate().items()}
             picture = self.stage.preview()
         if picture is not None and self.accelerator.is_main_process:
-            folder = self.output / "previews"
-            folder.mkdir(exist_ok=True)
-            picture.save(folder / f"step-{step:08d}.png")
+            file = self.output / "previews" / f"step-{step:08d}.png"
+            try:
+                file.parent.mkdir(exist_ok=True)
+                picture.save(file)
+            except OSError as error:
+                _log.error("%s cannot be written (%s); training goes on", file, error)
         return figures
 
     def _save(self, step: int, *, must: bool) -> None:
