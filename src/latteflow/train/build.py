@@ -9,7 +9,6 @@ import torch
 from latteflow.data.captioned import CaptionedImages, load_captioned_images
 from latteflow.data.latents import LatentShards
 from latteflow.data.quarantine import Quarantined
-from latteflow.data.sources import KINDS, open_source
 from latteflow.errors import UserError
 from latteflow.train.autoencoder import AutoencoderStage
 from latteflow.train.backbone import BackboneStage
@@ -17,6 +16,7 @@ from latteflow.train.encode_parts import load_encoder
 from latteflow.train.feeds import Feed, MemoryFeed
 from latteflow.train.generator import GeneratorStage
 from latteflow.train.recipe import AutoencoderRecipe, BackboneRecipe, DataSection, GeneratorRecipe
+from latteflow.train.sources import source_of
 from latteflow.train.stage import Stage
 from latteflow.train.streamed import LatentFeed, PictureFeed
 
@@ -56,11 +56,9 @@ def _feed_of(recipe: GeneratorRecipe) -> tuple[Feed, int]:
         raise UserError(
             "data.buckets needs to know every picture's shape: encode first, then train on data.kind=latents"
         )
-    fields = data.model_dump()
-    options = {name: fields.get(name) for name in KINDS[data.kind][1]}
-    if data.kind == "webdataset":
-        options["index_folder"] = Path(recipe.output) / "indexes"
-    source = Quarantined(open_source(data.kind, data.path, **options), recipe.output, data.quarantine_limit)
+    if data.streaming:
+        raise UserError("data.streaming is for `latteflow encode`: training looks samples up by their number")
+    source = Quarantined(source_of(data, Path(recipe.output)), recipe.output, data.quarantine_limit)
     return PictureFeed(source, (data.size, data.size), data.validation), data.size
 
 

@@ -52,6 +52,18 @@ class DataSection(Section):
     """Keep the shape of pictures: sizes of about ``size`` squared, one a batch."""
     class_names: str | None = None
     """Of an image folder: a file that names its classes."""
+    caption_field: str | None = None
+    """Of webdataset shards: the field of ``.json`` files that holds the caption."""
+    split: str | None = None
+    """Of parquet: which split; left out, ``train``."""
+    picture_column: str | None = None
+    caption_column: str | None = None
+    revision: str | None = None
+    """Of parquet from the hub: a branch, tag or commit."""
+    cache: str | None = None
+    """Of parquet: where ``datasets`` keeps its Arrow files."""
+    streaming: bool = False
+    """Of parquet, for ``latteflow encode`` alone: read rows as they come, without a copy."""
     quarantine_limit: Probability = 0.01
     """The share of samples that may be unreadable."""
     validation: NonNegativeInt = 512
