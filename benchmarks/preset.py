@@ -185,8 +185,8 @@ def report(pipe: LatteFlowPipeline, options: argparse.Namespace, size: int, run:
         f"{cost.flops_per_image / run['whole'] / 1e9:.0f} |",
         "",
         f"A step: median {median:.3f} s, lowest {seconds[0]:.3f}, 10th to 90th percentile {low:.3f} to {high:.3f}. It "
-        f"reads {active_parameters(replica) * replica.dtype.itemsize / 1e9:.2f} GB of weights. Its seconds in the table "
-        "are the median, a prompt's the mean of two. The map of the latents' places is computed once for both "
+        f"reads {active_parameters(replica) * replica.dtype.itemsize / 1e9:.2f} GB of weights. Its seconds in the "
+        "table are the median, a prompt's the mean of two. The map of the latents' places is computed once for both "
         "sequences of guidance; the formula counts it in each.",
         "",
         f"Peak memory {run['peak'] / 1e9:.2f} GB beside the libraries, {need.peak_bytes / 1e9:.2f} GB by formula "
