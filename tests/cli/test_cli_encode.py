@@ -77,6 +77,7 @@ def test_every_kind_of_data(latteflow, file, tmp_path, toy_set, kind):
         (["encode=null"], "no section encode"),
         (["data.size=null"], "data.size is missing"),
         (["data.size=33"], "size 33 is not a multiple of 8"),
+        (["generator.patch_size=3"], "size 32 is not a multiple of 24"),
         (["data.path=nowhere"], "no folder nowhere"),
         (["data.kind=latents"], "data.kind=latents cannot be encoded"),
         (["data.kind=captions_csv", "data.class_names=x"], "takes no class_names"),

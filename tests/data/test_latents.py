@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -104,9 +105,10 @@ def test_what_is_read_is_what_was_written(folder):
 
 def test_other_processes_map_the_files_for_themselves(folder):
     latents = LatentShards(folder)
+    unopened = pickle.dumps(latents)
     latents.latent(0)
     sent = pickle.dumps(latents)
-    assert len(sent) < 20_000
+    assert sent == unopened
     assert torch.equal(pickle.loads(sent).latent(6), latents.latent(6))
 
     class Rows(torch.utils.data.Dataset):
@@ -156,7 +158,7 @@ def test_statistics_are_of_what_is_kept(folder):
 
 class TestExpectations:
     def test_what_agrees_goes(self, folder):
-        expected = {"autoencoder.sha256": "abc", "size": 16, "sizes": SIZES, "autoencoder.revision": None}
+        expected = {"autoencoder.sha256": "abc", "size": 16, "sizes": SIZES, "autoencoder.name": None}
         assert len(LatentShards(folder, expected)) == 7
 
     @pytest.mark.parametrize(
@@ -311,7 +313,8 @@ class TestContexts:
         """Of four captions of different lengths, computed together."""
         captions = ["", "a red circle", "red", "an emoji of a red circle drawn in solid style"]
         words = processor([processor.chat_prompt(caption) for caption in captions], padding_side="right")
-        return compute_context(backbone, words["input_ids"], words["attention_mask"])
+        found = compute_context(backbone, words["input_ids"], words["attention_mask"])
+        return replace(found, next_position=found.next_position + 5)  # as after a picture, whose tokens share positions
 
     @pytest.fixture
     def folder(self, tmp_path, contexts):

@@ -61,6 +61,12 @@ def test_the_nearest_size_is_the_nearest_by_ratio(width, height):
     assert mirrored == found or math.isclose(distance(sizes[found]), distance(sizes[mirrored]))
 
 
+def test_the_middle_between_two_sizes_is_the_geometric_one():
+    sizes = ((32, 128), (64, 64), (128, 32))
+    assert [nearest_size(*shape, sizes) for shape in ((22, 10), (19, 10), (10, 19), (10, 22))] == [0, 1, 1, 2]
+    assert nearest_size(2, 1, sizes) == 0  # the first of two as near
+
+
 def test_pictures_as_long_as_wide_take_the_square():
     sizes = bucket_sizes(1024, factor=32, most_aspect=2)
     assert sizes[nearest_size(333, 333, sizes)] == (1024, 1024)
