@@ -7,7 +7,6 @@ to the disk, and renamed when complete; older ones go only after the new one has
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -20,6 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from latteflow.data.shards import sha256_of
 from latteflow.errors import UserError
 
 _MANIFEST = "manifest.json"
@@ -92,7 +92,7 @@ def verify_checkpoint(folder: Path) -> None:
             raise CheckpointDamaged(f"{file} is missing")
         if file.stat().st_size != size:
             raise CheckpointDamaged(f"{file} has {file.stat().st_size} bytes in place of {size}")
-        if _sha256(file) != digest:
+        if sha256_of(file) != digest:
             raise CheckpointDamaged(f"{file} is not what was written: its hash differs")
 
 
@@ -143,7 +143,7 @@ def _write_manifest(folder: Path) -> None:
     files = {}
     for file in sorted(folder.iterdir()):
         _sync(file)
-        files[file.name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+        files[file.name] = {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
     (folder / _MANIFEST).write_text(json.dumps({"files": files}, indent=1))
     _sync(folder / _MANIFEST)
     _sync(folder)
@@ -155,14 +155,6 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as content:
-        while block := content.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _reason(error: Exception) -> str:
