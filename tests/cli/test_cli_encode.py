@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from latteflow.data.latents import LatentShards
-from picture_sets import BROKEN, write_image_folder, write_parquet, write_webdataset
+from picture_sets import BROKEN, encoded, picture, write_image_folder, write_parquet, write_webdataset
 from toys import toy_recipe
 
 
@@ -88,6 +88,17 @@ def test_every_kind_of_data(latteflow, file, tmp_path, toy_set, kind):
 )
 def test_a_mistake_is_one_line(latteflow, file, overrides, message):
     assert message in latteflow("encode", file(), *overrides).mistake
+
+
+def test_a_stream(latteflow, file, tmp_path):
+    images = [{"bytes": encoded(picture(i)), "path": None} for i in range(6)]
+    path = write_parquet(tmp_path / "set/a.parquet", {"jpg": images, "said": [f"picture {i}" for i in range(6)]})
+    words = (f"data.path={path}", "data.picture_column=jpg", "data.caption_column=said", "data.streaming=true")
+    outcome = latteflow("encode", file(), "data.kind=parquet", *words)
+    assert outcome.code == 0, outcome.err
+    latents = LatentShards(tmp_path / "latents")
+    assert [latents.caption(i) for i in range(6)] == [f"picture {i}" for i in range(6)]
+    assert "data.streaming is for data.kind=parquet" in latteflow("encode", file(), "data.streaming=true").mistake
 
 
 def test_too_many_bad_pictures_end_it_in_words(latteflow, file):

@@ -1,6 +1,7 @@
 """Latent shards: what is written is what is read, of which autoencoder it is, and every kind of damage found out."""
 
 import json
+import os
 import pickle
 import shutil
 from dataclasses import replace
@@ -278,8 +279,25 @@ class TestWriting:
         monkeypatch.undo()
         assert {file.name: sha256_of(file) for file in folder.iterdir()} == before
 
+    def test_whoever_may_read_other_files_may_read_shards(self, folder, tmp_path):
+        """Training may be another user's."""
+        (tmp_path / "plain").touch()
+        for file in (shard_file(folder, 0), folder / MANIFEST):
+            assert file.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+    def test_nothing_is_written_elsewhere_in_the_folder(self, tmp_path, monkeypatch):
+        """What a library leaves behind when it is killed has to be found again."""
+        from latteflow.data import shards
+
+        seen = []
+        monkeypatch.setattr(shards, "_sync", lambda path: seen.append({entry.name for entry in tmp_path.iterdir()}))
+        write_shard(tmp_path / "s", {"x": torch.zeros(3)}, {})
+        assert seen == [{f".s.{os.getpid()}.partial"}, {f".s.{os.getpid()}.partial", "s"}]
+
     def test_what_a_killed_run_left_is_removed(self, folder):
-        (folder / ".latents-00002.safetensors.17.partial").write_bytes(b"half")
+        partial = folder / ".latents-00002.safetensors.17.partial"
+        partial.mkdir()
+        (partial / ".tmpAbCdEf").write_bytes(b"half")  # as safetensors calls them
         remove_partial(folder)
         assert len(list(folder.iterdir())) == 3
 

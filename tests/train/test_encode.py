@@ -114,9 +114,10 @@ class TestGoingOn:
         encode(job(parts, tmp_path))
         before, times = files(tmp_path), {file: file.stat().st_mtime_ns for file in tmp_path.glob("latents-*")}
         source = pictures(20)
-        (tmp_path / ".latents-00001.safetensors.1.partial").write_bytes(b"of a process that was killed")
+        (tmp_path / ".latents-00001.safetensors.1.partial").mkdir()  # of a process that was killed
         encode(job(parts, tmp_path, source))
         assert files(tmp_path) == before
+        assert not list(tmp_path.glob(".*"))
         assert {file: file.stat().st_mtime_ns for file in tmp_path.glob("latents-*")} == times
         assert source.reads == []
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def write_json(file: Path, values: Any) -> None:
 def remove_partial(folder: Path) -> None:
     """Remove what runs that were killed have left half written."""
     for partial in folder.glob(".*.partial"):
-        partial.unlink(missing_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def open_shard(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -123,16 +124,20 @@ def _digest(tensors: Mapping[str, torch.Tensor], about: Mapping[str, Any]) -> st
 
 
 def _atomically(file: Path, write: Callable[[Path], object]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    """Let ``write`` write in a folder of its own, where libraries may leave files of their own, then rename."""
+    folder = file.parent / f".{file.name}.{os.getpid()}.partial"
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / file.name
     try:
+        partial.touch()
+        readers = partial.stat().st_mode & 0o777
         write(partial)
+        partial.chmod(readers)  # safetensors gives its files to their owner alone
         _sync(partial)
         os.replace(partial, file)
         _sync(file.parent)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:
