@@ -227,6 +227,7 @@ def test_runs_of_several_groups_can_be_merged_too(run, apart, tmp_path):
 
 
 def test_places_and_habits_may_differ(pair, tmp_path):
+    change(pair[1], encode={"output": "elsewhere"})
     change(pair[1], output="elsewhere", train__workers=3, train__log_every=7, generator__backbone="elsewhere")
     change(pair[1], vae___diffusers_version="9.9", vae___name_or_path="elsewhere")
     merge_runs(pair, tmp_path / "merged")
@@ -272,6 +273,7 @@ def test_other_frozen_weights_are_named(pair, tmp_path, part):
             {"generator__shared_io": True, "generator__groups": None},
             r"run-1.final cannot be merged: its groups share patch embedding, .*train each .*shared_io=false",
         ),
+        ({"generator__lora": {"rank": 4, "alpha": None}}, r"run-1.final has trained adapters .*load the `lora` folder"),
         ({"generator": None, "stage": "backbone"}, r"run-1.final is of the backbone stage: only a generator has"),
     ],
 )
