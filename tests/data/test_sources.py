@@ -1,5 +1,6 @@
 """Every kind of source gives the same samples in the same order, by number, to whichever process asks."""
 
+import io
 import json
 import os
 import pickle
@@ -448,7 +449,7 @@ class TestPictures:
 
     def test_the_first_of_several(self):
         data = encoded(picture(1), "GIF", save_all=True, append_images=[picture(2)])
-        assert same(picture_of(data), Image.open(__import__("io").BytesIO(data)).convert("RGB"))
+        assert same(picture_of(data), Image.open(io.BytesIO(data)).convert("RGB"))
 
     def test_the_bytes_say_what_it_is(self):
         assert same(picture_of(encoded(picture(3), "BMP")), picture(3))
