@@ -92,7 +92,8 @@ def _filters(model_folder: Path) -> dict[str, Any]:
     if not file.is_file():
         raise UserError(f"{model_folder} holds no recipe.json: only models that `latteflow train` wrote are evaluated")
     data = json.loads(file.read_text())["data"]
-    return {key: data[key] for key in ("leave_out_groups", "leave_out_subgroups", "styles", "skin_tones")}
+    filters = {key: data[key] for key in ("leave_out_groups", "leave_out_subgroups", "styles", "skin_tones")}
+    return {**filters, "selection": data.get("selection", "all")}  # recipes of 0.1 know no selections
 
 
 def _questions(images: CaptionedImages) -> list[tuple[str, str, list[str]]]:

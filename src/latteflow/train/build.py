@@ -32,6 +32,7 @@ def load_split(data: DataSection, split: str) -> CaptionedImages:
     return load_captioned_images(
         data.path,
         split,
+        selection=data.selection,
         leave_out_groups=data.leave_out_groups,
         leave_out_subgroups=data.leave_out_subgroups,
         styles=data.styles,

@@ -42,6 +42,8 @@ class DataSection(Section):
     """Which pictures, of those in a captioned set."""
 
     path: str = "data/emoji"
+    selection: Literal["all", "drawable"] = "all"
+    """A choice of concepts by rules, the same for every split (``latteflow.data.selection``)."""
     leave_out_groups: tuple[str, ...] = ()
     leave_out_subgroups: tuple[str, ...] = ()
     styles: tuple[str, ...] = ()

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from latteflow.data import selection
 from latteflow.data.emoji import split
 from latteflow.data.emoji.concepts import TONES
 from latteflow.data.emoji.sources import SOURCES
@@ -82,6 +83,7 @@ def render(
         _count_section(parts),
         _split_section(component_of, chosen),
         _left_out_section(done),
+        _selection_section([row for rows in parts.values() for row in rows]),
         _licence_section(),
     ]
     return "\n".join(sections)
@@ -146,6 +148,22 @@ def _left_out_section(done: Mapping[str, Stage]) -> str:
         "- Second files of a sequence already seen (spelled with another number of zeros), and files whose name leads "
         "to no known emoji:\n\n" + _table(["style", "own extras", "repeated", "not recognised", "which"], lines)
     )
+
+
+def _selection_section(rows: Rows) -> str:
+    out = selection.left_out(rows, "drawable")
+    counts = Counter(rule.name for rule in out.values())
+    kept = [row for row in rows if selection.keeps(row, "drawable", out)]
+    lines = [[rule.name, counts[rule.name], rule.why] for rule in (*selection.RULES, selection.NEAR_TWINS)]
+    lines += [[f"style {style}", "", why] for style, why in selection.LEFT_OUT_STYLES.items()]
+    lines.append(["skin tones", "", "the same drawing in other colours"])
+    return f"""## The selection `drawable`
+
+What the embedded model is trained and measured on (`data.selection` in recipes): {len(kept):,} pictures of
+{len({row["concept"] for row in kept}):,} concepts in {selection.MIN_STYLES} styles or more. Rules on the metadata leave
+out the rest, from training and from the held-out part alike; the first that applies counts:
+
+""" + _table(["rule", "concepts", "why"], lines)
 
 
 def _licence_section() -> str:
