@@ -54,6 +54,10 @@ class CaptionedImages:
         index = [i for i, record in enumerate(self.records) if keep(record)]
         return CaptionedImages(self.pixels[index], tuple(self.records[i] for i in index))
 
+    def joined(self, other: CaptionedImages) -> CaptionedImages:
+        """Return these pictures and then ``other``'s."""
+        return CaptionedImages(torch.cat([self.pixels, other.pixels]), self.records + other.records)
+
     def spread(self, number: int) -> CaptionedImages:
         """Return ``number`` pictures spread evenly over the set (all, where it has fewer)."""
         index = torch.linspace(0, len(self) - 1, min(number, len(self))).long().tolist()
@@ -82,7 +86,7 @@ def load_captioned_images(
 
     Args:
         folder: where the ``<split>-*.parquet`` files lie.
-        split: ``train`` or ``heldout``.
+        split: ``train``, ``heldout`` or ``extra`` (further styles, to train on only).
         selection: ``all``, or a named choice of concepts (``latteflow.data.selection``).
         leave_out_groups: groups to leave out, such as ``flags``.
         leave_out_subgroups: subgroups to leave out.

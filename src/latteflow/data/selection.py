@@ -19,7 +19,7 @@ MIN_STYLES = 4
 """In how many styles a drawable concept comes, and in how many two concepts may look alike before one is left out."""
 
 LEFT_OUT_STYLES = {
-    "fluent modern": "at 64x64 the same picture as 'fluent 3d' (they differ by 5.6 levels of 255 in the median concept, "
+    "fluent modern": "at 64x64 the same picture as 'fluent 3d' (the median concept differs by 5.6 levels of 255, "
     "other pairs of styles by 13 to 56): nobody can say which is which",
 }
 """Styles that are not drawable, and why."""

@@ -28,13 +28,9 @@ def build_stage(recipe: AutoencoderRecipe | BackboneRecipe | GeneratorRecipe) ->
 
 
 def load_split(data: DataSection, split: str) -> CaptionedImages:
-    """Read one split with the recipe's filters."""
-    return load_captioned_images(
-        data.path,
-        split,
-        selection=data.selection,
-        leave_out_groups=data.leave_out_groups,
-        leave_out_subgroups=data.leave_out_subgroups,
-        styles=data.styles,
-        skin_tones=data.skin_tones,
-    )
+    """Read one split with the recipe's filters; training pictures with the extra styles, if the recipe wants them."""
+    filters = data.model_dump(exclude={"path", "extra"})
+    images = load_captioned_images(data.path, split, **filters)
+    if split == "train" and data.extra:
+        images = images.joined(load_captioned_images(data.path, "extra", **{**filters, "styles": ()}))
+    return images

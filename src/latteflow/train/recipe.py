@@ -44,6 +44,8 @@ class DataSection(Section):
     path: str = "data/emoji"
     selection: Literal["all", "drawable"] = "all"
     """A choice of concepts by rules, the same for every split (``latteflow.data.selection``)."""
+    extra: bool = False
+    """Train on the set's extra styles as well: other drawings of the same things, which nothing is measured on."""
     leave_out_groups: tuple[str, ...] = ()
     leave_out_subgroups: tuple[str, ...] = ()
     styles: tuple[str, ...] = ()
