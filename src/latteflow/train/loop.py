@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from diffusers.training_utils import EMAModel
 from latteflow.data.loader import batch_indices, generator_of
 from latteflow.errors import UserError
 from latteflow.train.checkpoint import checkpoint_folders, load_checkpoint, save_checkpoint
+from latteflow.train.optimizer import build_optimizer
 from latteflow.train.recipe import StageRecipe, TrainSection, resolved
 from latteflow.train.stage import Stage
 
@@ -94,11 +95,7 @@ class _Run:
         self.accelerator, self.recipe, self.settings = accelerator, recipe, settings
         self.output, self.stage = output, stage
         self.parameters = {name: p for name, p in stage.model.named_parameters() if p.requires_grad}
-        optimizer = torch.optim.AdamW(
-            _decay_groups(self.parameters.values(), settings.weight_decay),
-            lr=settings.learning_rate,
-            betas=(0.9, settings.beta2),
-        )
+        optimizer = build_optimizer(stage.model, settings)
         schedule = get_scheduler(
             settings.schedule,
             optimizer,
@@ -208,15 +205,6 @@ def _require_finite(loss: torch.Tensor, gradient_norm: torch.Tensor, step: int) 
             f"step {step}: the loss is {loss.item()}, its gradient's norm {gradient_norm.item()}; "
             "lower train.learning_rate"
         )
-
-
-def _decay_groups(parameters: Iterable[torch.nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """Decay matrices and kernels only: norms, biases and gates have one dimension or none."""
-    parameters = list(parameters)
-    return [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
 
 
 def _load_parameters(parameters: Mapping[str, torch.Tensor], state: dict[str, torch.Tensor], folder: Path) -> None:
