@@ -2,7 +2,7 @@
 
 import torch
 
-from latteflow.data.transforms import augment, blend, distort, patches_of
+from latteflow.data.transforms import augment, blend, distort, nudge, patches_of
 from toys import seeded
 
 
@@ -96,3 +96,19 @@ def test_blending_says_what_it_did():
     torch.testing.assert_close(blended, expected)
     assert torch.equal(blend(pictures, seeded(1), 0.0)[0], pictures)
     assert (blend(pictures, seeded(1), 1.0)[2] < 1).all()
+
+
+def test_nudging_moves_whole_pixels_onto_white():
+    pictures = marked(64)
+    moved = nudge(pictures, seeded(), 2)
+    assert torch.equal(nudge(pictures, seeded(), 2), moved)
+    seen = set()
+    for picture in moved:
+        rows, columns = (picture[0] < 0).nonzero().T
+        assert len(rows) == 12 * 5
+        assert set(picture.unique().tolist()) == {-1.0, 1.0}
+        seen.add((int(rows.min()) - 10, int(columns.min()) - 4))
+    assert {row for row, _ in seen} == {column for _, column in seen} == {-2, -1, 0, 1, 2}
+    edge = -torch.ones(64, 3, 8, 8)
+    assert (nudge(edge, seeded(), 2)[:, :, 2:-2, 2:-2] == -1).all()
+    assert (nudge(edge, seeded(), 2) == 1).any()

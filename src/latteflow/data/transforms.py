@@ -52,6 +52,22 @@ def augment(pictures: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return (1 - ink * gain).clamp(-1, 1)
 
 
+def nudge(pictures: torch.Tensor, generator: torch.Generator, furthest: int = 3) -> torch.Tensor:
+    """Return pictures moved by up to ``furthest`` whole pixels each way, on white: every pixel keeps its value.
+
+    Strokes and shading tell a style, and resampling blurs them.
+    """
+    padded = functional.pad(pictures, (furthest,) * 4, value=1.0)
+    moves = torch.randint(2 * furthest + 1, (len(pictures), 2), generator=generator).tolist()
+    height, width = pictures.shape[-2:]
+    return torch.stack(
+        [
+            picture[:, down : down + height, right : right + width]
+            for picture, (down, right) in zip(padded, moves, strict=True)
+        ]
+    )
+
+
 def distort(pictures: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Return pictures scaled, turned, moved and recoloured far more than ``augment`` does; never mirrored.
 

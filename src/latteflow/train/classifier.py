@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional
 
 from latteflow.data.captioned import CaptionedImages, Record
-from latteflow.data.transforms import augment, blend, distort
+from latteflow.data.transforms import blend, distort, nudge
 from latteflow.errors import UserError
 from latteflow.train.recipe import ClassifierSection
 
@@ -241,10 +241,10 @@ class ClassifierStage:
     def loss(
         self, model: nn.Module, index: torch.Tensor, generator: torch.Generator
     ) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
-        """Return the summed cross entropies of pictures ``index``, a quarter of them hardly changed."""
+        """Return the summed cross entropies of pictures ``index``, a quarter of them only moved."""
         pictures = self.images.batch(index)
         mild = len(index) // 4
-        pictures = torch.cat([augment(pictures[:mild], generator), distort(pictures[mild:], generator)])
+        pictures = torch.cat([nudge(pictures[:mild], generator), distort(pictures[mild:], generator)])
         pictures, other, own = blend(pictures, generator, self.settings.blend_share)
         scores, _ = model(pictures.to(self.device))
         own = own.to(self.device)

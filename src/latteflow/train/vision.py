@@ -18,7 +18,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import rotate_half
 from transformers.vision_utils import get_vision_position_ids
 
 from latteflow.data.captioned import CaptionedImages
-from latteflow.data.transforms import augment, blend, distort, patches_of
+from latteflow.data.transforms import blend, distort, nudge, patches_of
 from latteflow.errors import UserError
 from latteflow.models.backbones.small_qwen2_vl import small_backbone, train_tokenizer
 from latteflow.train.classifier import (
@@ -151,9 +151,9 @@ def _divergence(scores: torch.Tensor, opinion: torch.Tensor) -> torch.Tensor:
 def unlike_any(
     pictures: torch.Tensor, generator: torch.Generator, blend_share: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return distorted (a quarter: hardly changed), partly blended pictures, and which of them are still one thing."""
+    """Return distorted (a quarter: only moved), partly blended pictures, and which of them are still one thing."""
     mild = torch.rand(len(pictures), generator=generator) < 0.25
-    changed = torch.where(mild[:, None, None, None], augment(pictures, generator), distort(pictures, generator))
+    changed = torch.where(mild[:, None, None, None], nudge(pictures, generator), distort(pictures, generator))
     changed, _, own = blend(changed, generator, blend_share)
     return changed, own == 1
 
