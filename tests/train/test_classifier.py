@@ -67,6 +67,20 @@ def test_only_later_blocks_and_heads_learn_and_statistics_stay(classifier, image
     assert all(torch.equal(tensor, state[name]) for name, tensor in classifier.named_buffers())
 
 
+def test_a_loaded_classifier_computes_the_same_with_its_statistics_multiplied_in(classifier, images, tmp_path):
+    classifier.save(tmp_path)
+    loaded = load_classifier(tmp_path, what="teacher")
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in loaded.modules())
+    with torch.no_grad():
+        (expected, cells), (found, its_cells) = (made(images.batch(torch.arange(8))) for made in (classifier, loaded))
+        scores, alone = loaded.opinion(images.batch(torch.arange(8)))
+    torch.testing.assert_close(its_cells, cells, rtol=1e-3, atol=1e-3)
+    for key, values in expected.items():
+        torch.testing.assert_close(found[key], values, rtol=1e-3, atol=1e-2)
+    assert torch.equal(alone, its_cells)
+    assert torch.equal(scores, found["concept"])
+
+
 def test_hits_are_counted_by_rank():
     scores = {
         "concept": torch.tensor([[9.0, 8, 7, 6, 5, 4], [4, 5, 6, 7, 8, 9], [9, 8, 7, 6, 5, 4], [0, 0, 0, 0, 0, 1]]),

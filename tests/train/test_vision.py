@@ -73,8 +73,8 @@ class Teacher:
     def __init__(self, number):
         self.target = torch.randn(number, 4, 1280, generator=seeded())
 
-    def __call__(self, pictures):
-        return {"concept": self.concept_scores(self.target.mean(dim=1))}, self.target
+    def opinion(self, pictures):
+        return self.concept_scores(self.target.mean(dim=1)), self.target
 
     def concept_scores(self, top):
         return 3 * top[:, :3]

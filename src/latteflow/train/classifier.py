@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from latteflow.data.captioned import CaptionedImages, Record
 from latteflow.data.transforms import blend, distort, nudge
@@ -97,24 +98,26 @@ class PictureClassifier(nn.Module):
         """Change nothing: batch statistics stay ImageNet's, and there is no dropout."""
         return super().train(False)
 
-    def features(self, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def features(self, pictures: torch.Tensor, *, early: bool = True) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return features of the last layer, (number, 1280, h, w), and of the early ones, (number, values), float32.
 
         Args:
             pictures: float in [-1, 1], (number, 3, height, width).
+            early: whether the early ones are wanted; None comes in their place if not.
         """
         size = (self.picture_size, self.picture_size)
         x = functional.interpolate(pictures, size=size, mode="bilinear", align_corners=False)
         x = x.contiguous(memory_format=torch.channels_last)
         with torch.no_grad():
             x = functional.relu6(self.stem[1](self.stem[0](x)))
-            low = [_moments(x)]
+            low = [_moments(x)] if early else []
             for block in self.stem[2:]:
                 x = block(x)
-                low.append(_moments(x))
+                if early:
+                    low.append(_moments(x))
         for block in self.blocks:
             x = block(x)
-        return functional.relu6(self.top(x)).float(), torch.cat(low, dim=1)
+        return functional.relu6(self.top(x)).float(), torch.cat(low, dim=1) if early else None
 
     def forward(self, pictures: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Return each key's scores, and what the concept is read from: (number, cells, 1280), of spread about 1.
@@ -122,8 +125,16 @@ class PictureClassifier(nn.Module):
         The cells are a grid over the picture, row by row (4 x 4 where pictures are enlarged to 128).
         """
         top, low = self.features(pictures)
-        cells = (top.flatten(2).transpose(1, 2) - self.top_mean) / self.top_spread
+        cells = self._cells(top)
         return self.scores(cells.mean(dim=1), ((low - self.low_mean) / self.low_spread).clamp(-6, 6)), cells
+
+    def opinion(self, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the concepts' scores and the cells alone, for less than ``forward`` costs."""
+        cells = self._cells(self.features(pictures, early=False)[0])
+        return self.concept_scores(cells.mean(dim=1)), cells
+
+    def _cells(self, top: torch.Tensor) -> torch.Tensor:
+        return (top.flatten(2).transpose(1, 2) - self.top_mean) / self.top_spread
 
     def scores(self, top: torch.Tensor, low: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return each key's scores from standardised features of pictures, (number, 1280) and (number, values)."""
@@ -181,7 +192,21 @@ def load_classifier(folder: str | Path, *, what: str) -> PictureClassifier:
     facts = json.loads((folder / _FACTS).read_text())
     classifier = PictureClassifier(**facts, pretrained=False)
     classifier.load_state_dict(load_file(folder / _WEIGHTS))
+    _fuse_statistics(classifier)
     return classifier.requires_grad_(False).eval()
+
+
+def _fuse_statistics(classifier: PictureClassifier) -> None:
+    """Multiply each frozen batch norm into the convolution before it: the same numbers, a seventh less time."""
+    stem, top = classifier.stem, classifier.top
+    stem[0], stem[1] = fuse_conv_bn_eval(stem[0], stem[1]), nn.Identity()
+    top[0], top[1] = fuse_conv_bn_eval(top[0], top[1]), nn.Identity()
+    for block in [*stem[2:], *classifier.blocks]:
+        for conv, norm in (("_expand_conv", "_bn0"), ("_depthwise_conv", "_bn1"), ("_project_conv", "_bn2")):
+            if hasattr(block, conv):
+                setattr(block, conv, fuse_conv_bn_eval(getattr(block, conv), getattr(block, norm)))
+                setattr(block, norm, nn.Identity())
+    classifier.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def class_numbers(records: Sequence[Record], classes: Mapping[str, Sequence[str]]) -> dict[str, torch.Tensor]:

@@ -124,14 +124,14 @@ def teaching_loss(
         wanted: class numbers of each of ``KEYS``, int64 (number,), -100 where there is no label.
     """
     with torch.no_grad():
-        taught, target = teacher(pictures)
+        taught, target = teacher.opinion(pictures)
     if cells is None or cells.shape != target.shape:
         seen = "none" if cells is None else cells.shape[1]
         raise UserError(
             f"the tower has {seen} tokens a picture, the teacher {target.shape[1]} cells: patch_size of the one and "
             "picture_size of the other have to agree"
         )
-    opinion = taught["concept"].softmax(dim=1)
+    opinion = taught.softmax(dim=1)
     read = teacher.concept_scores(cells.mean(dim=1))
     parts = {
         "features": functional.mse_loss(cells, target),
