@@ -103,6 +103,14 @@ def test_man_and_woman_themselves_stay():
     assert reasons(drawn("1f468", "man"), drawn("1f469", "woman"), drawn("1f9d1", "person")) == {}
 
 
+def test_of_names_that_differ_by_an_opposite_the_first_stays():
+    left, right = drawn("1f50d", "magnifying glass tilted left"), drawn("1f50e", "magnifying glass tilted right")
+    assert reasons(right, left) == {"1f50e": "opposites"}
+    assert reasons(drawn("231b", "hourglass done"), drawn("23f3", "hourglass not done")) == {"23f3": "opposites"}
+    assert reasons(drawn("1f4d6", "open book"), drawn("1f4d5", "closed book")) == {}
+    assert reasons(drawn("1fac2", "left-facing fist"), drawn("270b", "raised hand")) == {}
+
+
 def test_near_twins_in_four_styles_leave_one():
     same = {style: style for style in ALL_STYLES}
     three = dict(list(same.items())[: MIN_STYLES - 1])

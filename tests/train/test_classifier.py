@@ -81,6 +81,19 @@ def test_a_loaded_classifier_computes_the_same_with_its_statistics_multiplied_in
     assert torch.equal(scores, found["concept"])
 
 
+def test_it_can_be_made_to_forget_concepts(classifier, images, tmp_path):
+    classifier.save(tmp_path)
+    loaded = load_classifier(tmp_path, what="teacher")
+    batch = images.batch(torch.arange(8))
+    with torch.no_grad():
+        before = loaded(batch)[0]["concept"]
+        every = loaded.classes["concept"]
+        loaded.forget_concepts([every[5], every[2]])
+        torch.testing.assert_close(loaded(batch)[0]["concept"], before[:, [5, 2]])
+    with pytest.raises(UserError, match="knows no 'ffff'"):
+        loaded.forget_concepts(["ffff"])
+
+
 def test_hits_are_counted_by_rank():
     scores = {
         "concept": torch.tensor([[9.0, 8, 7, 6, 5, 4], [4, 5, 6, 7, 8, 9], [9, 8, 7, 6, 5, 4], [0, 0, 0, 0, 0, 1]]),

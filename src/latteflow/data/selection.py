@@ -28,6 +28,19 @@ _JOINER = "-200d-"
 _FEMALE, _MALE, _RIGHTWARDS = "2640", "2642", "27a1"
 _MAN, _WOMAN, _PERSON = "1f468", "1f469", "1f9d1"
 _CLOCK_FACES = range(0x1F550, 0x1F568)
+_OPPOSITES = {
+    word: pair[0]
+    for pair in (
+        ("left", "right"),
+        ("leftwards", "rightwards"),
+        ("small", "large"),
+        ("low", "high"),
+        ("raised", "lowered"),
+        ("first", "last"),
+        ("", "not"),
+    )
+    for word in pair
+}
 _GENDERED = {"man", "woman", "men", "women"}
 
 
@@ -93,10 +106,15 @@ RULES = (
 )
 """The first that applies counts."""
 
+OPPOSITES = Rule(
+    "opposites",
+    "named like another concept but for left or right, small or large, raised or lowered and the like; the first stays",
+    lambda concept, known: False,  # decided over all concepts together, after the rules above
+)
 NEAR_TWINS = Rule(
     "near-twins",
     f"nearly the same picture as another concept in {MIN_STYLES} styles or more (the set's `twins`); the first stays",
-    lambda concept, known: False,  # decided over all concepts together, after the other rules
+    lambda concept, known: False,  # likewise, last
 )
 
 
@@ -117,6 +135,7 @@ def left_out(rows: Iterable[Row], selection: str) -> dict[str, Rule]:
         rule = next((rule for rule in RULES if rule.applies(concept, known)), None)
         if rule is not None:
             found[key] = rule
+    found |= dict.fromkeys(_opposites(concepts[key] for key in concepts if key not in found), OPPOSITES)
     return found | dict.fromkeys(_twins(row for row in rows if row["concept"] not in found), NEAR_TWINS)
 
 
@@ -142,6 +161,18 @@ def _concepts(rows: Iterable[Row]) -> dict[str, Concept]:
         key: Concept(key, facts[key]["label"], facts[key]["group"], facts[key]["subgroup"], frozenset(styles[key]))
         for key in sorted(facts)
     }
+
+
+def _opposites(concepts: Iterable[Concept]) -> list[str]:
+    """Return concepts whose names say the same as an earlier one's, opposites apart."""
+    seen: set[tuple[str, ...]] = set()
+    out: list[str] = []
+    for concept in concepts:
+        said = tuple(word for word in (_OPPOSITES.get(word, word) for word in _words(concept.label)) if word)
+        if said in seen:
+            out.append(concept.key)
+        seen.add(said)
+    return out
 
 
 def _twins(rows: Iterable[Row]) -> list[str]:

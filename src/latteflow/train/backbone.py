@@ -121,6 +121,8 @@ class BackboneStage:
         if settings.vision:
             load_vision(settings.vision, SupervisedVision(self.backbone.model.visual, model.readers))
         self.teacher = load_classifier(settings.teacher, what="teacher") if settings.teacher else None
+        if self.teacher is not None:
+            self.teacher.forget_concepts(self.classes["concept"])
         self.model: nn.Module = model
         self.picture_tokens = (size // settings.patch_size // 2) ** 2
         self.number = len(images)

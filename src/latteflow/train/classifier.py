@@ -168,6 +168,20 @@ class PictureClassifier(nn.Module):
         self.concepts.copy_(torch.zeros_like(self.concepts).index_add_(0, wanted, standard))
         self.concepts.copy_(functional.normalize(self.concepts, dim=1))
 
+    @torch.no_grad()
+    def forget_concepts(self, keep: Sequence[str]) -> None:
+        """Tell only the concepts ``keep`` apart, numbered in their order.
+
+        Raises:
+            UserError: it never knew one of them.
+        """
+        number = {concept: index for index, concept in enumerate(self.classes["concept"])}
+        unknown = [concept for concept in keep if concept not in number]
+        if unknown:
+            raise UserError(f"the teacher knows no {unknown[0]!r}: it was trained on another selection of pictures")
+        self.concepts = nn.Parameter(self.concepts[[number[concept] for concept in keep]].clone(), requires_grad=False)
+        self.classes = {**self.classes, "concept": list(keep)}
+
     def save(self, folder: Path) -> None:
         """Write the weights, and what the classes are called."""
         folder.mkdir(parents=True, exist_ok=True)

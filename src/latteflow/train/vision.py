@@ -173,8 +173,9 @@ class VisionStage:
             unlabelled: uint8 (number, 3, height, width), further training pictures.
         """
         self.settings, self.images, self.heldout, self.unlabelled = settings, images, heldout, unlabelled
-        self.teacher = load_classifier(settings.teacher, what="teacher")
         self.classes = classes_of(images.records)
+        self.teacher = load_classifier(settings.teacher, what="teacher")
+        self.teacher.forget_concepts(self.classes["concept"])
         self.visual = small_vision(settings)
         self.model: nn.Module = SupervisedVision(
             self.visual,

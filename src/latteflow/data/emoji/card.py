@@ -159,7 +159,10 @@ def _selection_section(rows: Rows) -> str:
     out = selection.left_out(rows, "drawable")
     counts = Counter(rule.name for rule in out.values())
     kept = [row for row in rows if selection.keeps(row, "drawable", out)]
-    lines = [[rule.name, counts[rule.name], rule.why] for rule in (*selection.RULES, selection.NEAR_TWINS)]
+    lines = [
+        [rule.name, counts[rule.name], rule.why]
+        for rule in (*selection.RULES, selection.OPPOSITES, selection.NEAR_TWINS)
+    ]
     lines += [[f"style {style}", "", why] for style, why in selection.LEFT_OUT_STYLES.items()]
     lines.append(["skin tones", "", "the same drawing in other colours"])
     return f"""## The selection `drawable`
