@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -78,12 +79,14 @@ class PictureClassifier(nn.Module):
         super().__init__()
         self.classes = {key: list(classes[key]) for key in KEYS}
         self.picture_size, self.frozen_blocks = picture_size, frozen_blocks
-        network = convolutional_features(pretrained=pretrained)
+        network: Any = convolutional_features(pretrained=pretrained)
         self.stem = nn.ModuleList([network._conv_stem, network._bn0, *network._blocks[:frozen_blocks]])
         self.stem.requires_grad_(False)
         self.blocks = nn.ModuleList(list(network._blocks[frozen_blocks:]))
         self.top = nn.Sequential(network._conv_head, network._bn1)
-        low = 3 * (network._conv_stem.out_channels + sum(block._bn2.num_features for block in self.stem[2:]))
+        low = 3 * (
+            network._conv_stem.out_channels + sum(block._bn2.num_features for block in network._blocks[:frozen_blocks])
+        )
         for name, width in (("top", TOP_WIDTH), ("low", low)):
             self.register_buffer(f"{name}_mean", torch.zeros(width))
             self.register_buffer(f"{name}_spread", torch.ones(width))
@@ -98,26 +101,26 @@ class PictureClassifier(nn.Module):
         """Change nothing: batch statistics stay ImageNet's, and there is no dropout."""
         return super().train(False)
 
-    def features(self, pictures: torch.Tensor, *, early: bool = True) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def features(self, pictures: torch.Tensor, *, early: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
         """Return features of the last layer, (number, 1280, h, w), and of the early ones, (number, values), float32.
 
         Args:
             pictures: float in [-1, 1], (number, 3, height, width).
-            early: whether the early ones are wanted; None comes in their place if not.
+            early: whether the early ones are wanted; if not, there are no values of them.
         """
         size = (self.picture_size, self.picture_size)
         x = functional.interpolate(pictures, size=size, mode="bilinear", align_corners=False)
         x = x.contiguous(memory_format=torch.channels_last)
         with torch.no_grad():
             x = functional.relu6(self.stem[1](self.stem[0](x)))
-            low = [_moments(x)] if early else []
+            low = [_moments(x)] if early else [torch.zeros(len(x), 0)]
             for block in self.stem[2:]:
                 x = block(x)
                 if early:
                     low.append(_moments(x))
         for block in self.blocks:
             x = block(x)
-        return functional.relu6(self.top(x)).float(), torch.cat(low, dim=1) if early else None
+        return functional.relu6(self.top(x)).float(), torch.cat(low, dim=1)
 
     def forward(self, pictures: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Return each key's scores, and what the concept is read from: (number, cells, 1280), of spread about 1.
@@ -212,7 +215,8 @@ def load_classifier(folder: str | Path, *, what: str) -> PictureClassifier:
 
 def _fuse_statistics(classifier: PictureClassifier) -> None:
     """Multiply each frozen batch norm into the convolution before it: the same numbers, a seventh less time."""
-    stem, top = classifier.stem, classifier.top
+    stem: Any = classifier.stem
+    top: Any = classifier.top
     stem[0], stem[1] = fuse_conv_bn_eval(stem[0], stem[1]), nn.Identity()
     top[0], top[1] = fuse_conv_bn_eval(top[0], top[1]), nn.Identity()
     for block in [*stem[2:], *classifier.blocks]:

@@ -75,7 +75,7 @@ def hidden_matrices(model: nn.Module) -> Iterator[nn.Parameter]:
     }
     for module in model.modules():
         if isinstance(module, nn.Linear) and id(module.weight) not in embeddings | reading:
-            yield module.weight
+            yield module.weight  # type: ignore[misc]
 
 
 def _decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -36,7 +37,7 @@ _WEIGHTS = "vision.safetensors"
 _IGNORED = -100
 
 
-def picture_tokens(visual: nn.Module, patches: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
+def picture_tokens(visual: Any, patches: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
     """Return what Qwen2-VL's vision tower makes of pictures of one size: (number, tokens, hidden size).
 
     transformers' own forward goes through its pictures one by one in each layer, because they may differ in size. Here
