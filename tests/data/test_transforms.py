@@ -108,6 +108,7 @@ def test_nudging_moves_whole_pixels_onto_white():
         assert len(rows) == 12 * 5
         assert set(picture.unique().tolist()) == {-1.0, 1.0}
         seen.add((int(rows.min()) - 10, int(columns.min()) - 4))
+    assert len(seen) > 10  # down and right each on its own
     assert {row for row, _ in seen} == {column for _, column in seen} == {-2, -1, 0, 1, 2}
     edge = -torch.ones(64, 3, 8, 8)
     assert (nudge(edge, seeded(), 2)[:, :, 2:-2, 2:-2] == -1).all()

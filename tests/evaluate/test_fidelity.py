@@ -8,6 +8,7 @@ from latteflow.evaluate.fidelity import (
     Fidelity,
     frechet_distance,
     kernel_distance,
+    picture_features,
     principal_directions,
 )
 from toys import seeded
@@ -99,3 +100,14 @@ def test_distances_are_to_as_many_real_pictures_along_their_own_directions():
     assert dark["kernel"] > fidelity.of(other)["kernel"]
     with pytest.raises(UserError, match="70 are wanted"):
         fidelity.of(other[:60])
+
+
+def test_the_network_sees_pictures_of_128_pixels_between_minus_1_and_1():
+    class Watched(torch.nn.Module):
+        def extract_features(self, x):
+            assert x.shape == (3, 3, 128, 128)
+            return torch.stack([x.amax((1, 2, 3)), x.amin((1, 2, 3))], 1)[:, :, None, None]
+
+    pictures = torch.tensor([0, 255, 51], dtype=torch.uint8)[:, None, None, None].expand(3, 3, 8, 8)
+    expected = torch.tensor([[-1.0, -1], [1, 1], [-0.6, -0.6]], dtype=torch.float64)
+    torch.testing.assert_close(picture_features(Watched(), pictures), expected, atol=1e-6, rtol=0)

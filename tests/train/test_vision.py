@@ -107,6 +107,17 @@ def test_features_and_opinion_are_squared_error_and_divergence():
     torch.testing.assert_close(parts["loss/opinion"], (wanted * log_ratio).sum(dim=1).mean())
 
 
+def test_the_teachers_last_layer_reads_the_towers_features():
+    teacher = Teacher(6)
+    right = teacher.concept_scores(teacher.target.mean(dim=1))
+    none = dict.fromkeys(KEYS, torch.full((6,), -100))
+    shifted = teacher.target + torch.tensor([1.0, 0, 0] + [0] * 1277)
+    _, parts = teaching_loss(teacher, torch.zeros(6), dict.fromkeys(KEYS, right), shifted, none)
+    read = (right + torch.tensor([3.0, 0, 0])).log_softmax(dim=1)
+    expected = (right.softmax(dim=1) * (right.log_softmax(dim=1) - read)).sum(dim=1).mean()
+    torch.testing.assert_close(parts["loss/opinion"], expected)
+
+
 def test_a_teacher_of_another_grid_is_refused():
     none = dict.fromkeys(KEYS, torch.full((6,), -100))
     scores = {key: torch.zeros(6, 3) for key in KEYS}

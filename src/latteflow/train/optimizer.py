@@ -16,12 +16,8 @@ class Together(torch.optim.Optimizer):
 
     def __init__(self, *parts: torch.optim.Optimizer) -> None:
         self.parts = parts
+        # The groups held are the parts' own, so that a schedule reaches them.
         super().__init__([group for part in parts for group in part.param_groups], {})
-        self._share_groups()
-
-    def _share_groups(self) -> None:
-        """Hold the parts' own groups, so that a schedule reaches them."""
-        self.param_groups = [group for part in self.parts for group in part.param_groups]
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Take a step with every part."""
@@ -38,7 +34,7 @@ class Together(torch.optim.Optimizer):
         """Take up the parts' states."""
         for part, state in zip(self.parts, state_dict["parts"], strict=True):
             part.load_state_dict(state)
-        self._share_groups()
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
 
 
 def build_optimizer(model: nn.Module, settings: TrainSection) -> torch.optim.Optimizer:

@@ -196,7 +196,7 @@ class VisionStage:
     ) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
         """Return the loss of pictures ``index``, some of them replaced by unlabelled ones."""
         pictures = self.images.batch(index)
-        wanted = {key: numbers[index].clone() for key, numbers in self.wanted.items()}
+        wanted = {key: numbers[index] for key, numbers in self.wanted.items()}
         strange = round(self.settings.unlabelled_share * len(index)) if len(self.unlabelled) else 0
         if strange:
             drawn = torch.randint(len(self.unlabelled), (strange,), generator=generator)
