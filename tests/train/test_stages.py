@@ -136,6 +136,7 @@ def test_the_backbone_learns_a_batch_by_heart_and_is_exported(tmp_path, toy_set)
     final = train(recipe, stage, watch=seen.append)
     assert seen[-1].figures["loss/words"] < 0.1
     assert seen[-1].figures["validation/concept"] == 1.0
+    assert seen[-1].figures["validation/trained_concept"] == 1.0
     loaded = Qwen2VLForConditionalGeneration.from_pretrained(final)
     processor = LatteFlowProcessor.from_pretrained(final)
     answers = greedy_answers(loaded, processor, images.pictures(range(6)), prompts.WHAT, max_new_tokens=16)

@@ -188,9 +188,12 @@ class BackboneStage:
         return conversation_tokens(self.tokenizer, turns, head)
 
     def validate(self) -> dict[str, float]:
-        """Return the share of 512 held-out pictures whose name, style and category are answered exactly."""
-        part = self.heldout.spread(512)
-        return {
+        """Return the share of 512 held-out pictures whose name, style and category are answered exactly.
+
+        And of as many training pictures the share that is named, to tell what is not learnt from what does not carry.
+        """
+        part, seen = self.heldout.spread(512), self.images.spread(512)
+        shares = {
             name: prompts.exact_share(self._answers(part, question), wanted)
             for name, question, wanted in (
                 ("concept", prompts.WHAT, [record.label for record in part.records]),
@@ -198,6 +201,8 @@ class BackboneStage:
                 ("category", prompts.WHICH_CATEGORY, [record.group for record in part.records]),
             )
         }
+        named = prompts.exact_share(self._answers(seen, prompts.WHAT), [record.label for record in seen.records])
+        return {**shares, "trained_concept": named}
 
     def _answers(self, images: CaptionedImages, question: str) -> list[str]:
         found = []
