@@ -10,6 +10,7 @@ from latteflow.errors import UserError
 from latteflow.train.build import build_stage
 from latteflow.train.classifier import (
     PictureClassifier,
+    among_styles,
     class_numbers,
     classes_of,
     classified,
@@ -53,6 +54,20 @@ def test_it_never_takes_statistics_of_a_batch(images):
     assert not any(module.training for module in made.modules())
     made.train()
     assert not any(module.training for module in made.modules())
+
+
+def test_styles_are_solved_for_not_trained(classifier, images):
+    wanted = class_numbers(images.records, classifier.classes)
+    assert hit_shares(classified(classifier, images.pixels), wanted)["style"] > 0.9
+    assert not any(p.requires_grad for p in classifier.styles.parameters())
+
+
+def test_only_styles_that_are_asked_about_can_be_the_best():
+    scores = {"style": torch.tensor([[5.0, 1, 2], [5, 2, 1]]), "concept": torch.zeros(2, 2)}
+    found = among_styles(scores, {"style": ["a", "b", "c"]}, {"b", "c"})
+    assert found["style"].argmax(dim=1).tolist() == [2, 1]
+    assert found["concept"] is scores["concept"]
+    assert scores["style"].argmax(dim=1).tolist() == [0, 0]
 
 
 def test_only_later_blocks_and_heads_learn_and_statistics_stay(classifier, images):

@@ -25,6 +25,7 @@ from latteflow.pipeline import LatteFlowPipeline
 from latteflow.train.autoencoder import mean_psnr
 from latteflow.train.classifier import (
     PictureClassifier,
+    among_styles,
     class_numbers,
     classified,
     convolutional_features,
@@ -142,7 +143,8 @@ def judged_shares(judge: PictureClassifier, images: CaptionedImages, pixels: tor
     if not known:
         raise UserError("the judge knows none of these concepts: it was trained on other pictures than the model")
     wanted = class_numbers([images.records[index] for index in known], judge.classes)
-    return {**hit_shares(classified(judge, pixels[known]), wanted), "judged": len(known)}
+    scores = among_styles(classified(judge, pixels[known]), judge.classes, {record.style for record in images.records})
+    return {**hit_shares(scores, wanted), "judged": len(known)}
 
 
 def _pixels(pictures: Sequence[Image.Image]) -> torch.Tensor:

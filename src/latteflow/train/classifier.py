@@ -8,7 +8,7 @@ tells far fewer held-out pictures (docs/LOG.md): across styles, what an apple lo
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ KEYS = ("concept", "style", "group")
 """What is told apart; names of a record's fields."""
 TOP_WIDTH = 1280
 _LEAST_SPREAD = 0.05
+_MOMENTS = 5
+_RIDGE = 0.03
 _WEIGHTS, _FACTS = "model.safetensors", "classifier.json"
 
 
@@ -52,9 +54,10 @@ def convolutional_features(*, pretrained: bool) -> nn.Module:
 class PictureClassifier(nn.Module):
     """EfficientNet-Lite0 with three heads.
 
-    Concepts are told by the cosine between a picture's features and one vector a concept; styles by mean, spread and
-    maximum of the early channels, where strokes and shading show; groups by a linear layer. The first blocks and all
-    batch statistics keep their ImageNet values. [D]
+    Concepts are told by the cosine between a picture's features and one vector a concept; groups by a linear layer;
+    styles by moments of the early channels, where strokes and shading show. The first blocks and all batch statistics
+    keep their ImageNet values, so that the style's layer is solved once, by least squares on unchanged pictures:
+    distorted ones blur what tells a style. [D]
 
     Args:
         classes: the values of each of ``KEYS``.
@@ -84,7 +87,7 @@ class PictureClassifier(nn.Module):
         self.stem.requires_grad_(False)
         self.blocks = nn.ModuleList(list(network._blocks[frozen_blocks:]))
         self.top = nn.Sequential(network._conv_head, network._bn1)
-        low = 3 * (
+        low = _MOMENTS * (
             network._conv_stem.out_channels + sum(block._bn2.num_features for block in network._blocks[:frozen_blocks])
         )
         for name, width in (("top", TOP_WIDTH), ("low", low)):
@@ -92,7 +95,7 @@ class PictureClassifier(nn.Module):
             self.register_buffer(f"{name}_spread", torch.ones(width))
         self.concepts = nn.Parameter(torch.randn(len(self.classes["concept"]), TOP_WIDTH) / TOP_WIDTH**0.5)
         self.sharpness = nn.Parameter(torch.tensor(20.0))
-        self.styles = nn.Linear(low, len(self.classes["style"]))
+        self.styles = nn.Linear(low, len(self.classes["style"])).requires_grad_(False)
         self.groups = nn.Linear(TOP_WIDTH, len(self.classes["group"]))
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.train()
@@ -129,7 +132,7 @@ class PictureClassifier(nn.Module):
         """
         top, low = self.features(pictures)
         cells = self._cells(top)
-        return self.scores(cells.mean(dim=1), ((low - self.low_mean) / self.low_spread).clamp(-6, 6)), cells
+        return self.scores(cells.mean(dim=1), self._standard_low(low)), cells
 
     def opinion(self, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the concepts' scores and the cells alone, for less than ``forward`` costs."""
@@ -139,11 +142,14 @@ class PictureClassifier(nn.Module):
     def _cells(self, top: torch.Tensor) -> torch.Tensor:
         return (top.flatten(2).transpose(1, 2) - self.top_mean) / self.top_spread
 
+    def _standard_low(self, low: torch.Tensor) -> torch.Tensor:
+        return ((low - self.low_mean) / self.low_spread).clamp(-6, 6)
+
     def scores(self, top: torch.Tensor, low: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return each key's scores from standardised features of pictures, (number, 1280) and (number, values)."""
         return {
             "concept": self.concept_scores(top),
-            "style": self.styles(low).float(),
+            "style": functional.linear(low, self.styles.weight, self.styles.bias).float(),
             "group": self.groups(top).float(),
         }
 
@@ -155,7 +161,7 @@ class PictureClassifier(nn.Module):
 
     @torch.no_grad()
     def start_from(self, images: CaptionedImages) -> None:
-        """Standardise features by ``images``, and take each concept's mean as its first vector."""
+        """Standardise features by ``images``, take each concept's mean as its first vector, solve for the styles."""
         tops, lows = [], []
         for index in torch.arange(len(images)).split(64):
             with torch.autocast("cpu", torch.bfloat16):
@@ -167,9 +173,16 @@ class PictureClassifier(nn.Module):
             # The floor keeps channels that say nothing of these pictures from shouting about others.
             getattr(self, f"{name}_spread").copy_(found.std(dim=0).clamp_min(_LEAST_SPREAD))
         standard = functional.normalize((torch.cat(tops) - self.top_mean) / self.top_spread, dim=1)
-        wanted = class_numbers(images.records, self.classes)["concept"]
-        self.concepts.copy_(torch.zeros_like(self.concepts).index_add_(0, wanted, standard))
+        wanted = class_numbers(images.records, self.classes)
+        self.concepts.copy_(torch.zeros_like(self.concepts).index_add_(0, wanted["concept"], standard))
         self.concepts.copy_(functional.normalize(self.concepts, dim=1))
+        early = self._standard_low(torch.cat(lows)).double()
+        early = torch.cat([early, torch.ones(len(early), 1, dtype=early.dtype)], dim=1)
+        target = functional.one_hot(wanted["style"], len(self.classes["style"])).to(early.dtype)
+        ridge = _RIDGE * len(early) * torch.eye(early.shape[1], dtype=early.dtype)
+        solved = torch.linalg.solve(early.T @ early + ridge, early.T @ target).float()
+        self.styles.weight.copy_(solved[:-1].T)
+        self.styles.bias.copy_(solved[-1])
 
     @torch.no_grad()
     def forget_concepts(self, keep: Sequence[str]) -> None:
@@ -251,6 +264,14 @@ def classified(classifier: PictureClassifier, pictures: torch.Tensor) -> dict[st
     return {key: torch.cat([part[key] for part in parts]) for key in KEYS}
 
 
+def among_styles(
+    scores: Mapping[str, torch.Tensor], classes: Mapping[str, Sequence[str]], styles: Container[str]
+) -> dict[str, torch.Tensor]:
+    """Return scores in which no style but ``styles`` can be the best: those that are asked about."""
+    out = torch.tensor([style not in styles for style in classes["style"]])
+    return {**scores, "style": scores["style"].masked_fill(out, -torch.inf)}
+
+
 def hit_shares(scores: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> dict[str, float]:
     """Return how often the best score is the right one: ``concept``, ``concept_top5``, ``style``, ``category``."""
     five = scores["concept"].topk(min(5, scores["concept"].shape[1]), dim=1).indices
@@ -263,7 +284,7 @@ def hit_shares(scores: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Te
 
 
 class ClassifierStage:
-    """Cross entropy of concept, style and group on distorted and blended pictures."""
+    """Cross entropy of concept and group on distorted and blended pictures."""
 
     def __init__(self, settings: ClassifierSection, images: CaptionedImages, heldout: CaptionedImages) -> None:
         self.settings, self.images, self.heldout = settings, images, heldout
@@ -292,7 +313,7 @@ class ClassifierStage:
         scores, _ = model(pictures.to(self.device))
         own = own.to(self.device)
         figures, total = {}, torch.zeros((), device=self.device)
-        for key in KEYS:
+        for key in ("concept", "group"):
             wanted = self.wanted[key][index].to(self.device)
             parts = [
                 functional.cross_entropy(scores[key], target, label_smoothing=0.1, reduction="none")
@@ -305,14 +326,15 @@ class ClassifierStage:
 
     def validate(self) -> dict[str, float]:
         """Return shares of held-out pictures told right, and the concept's of as many training pictures."""
-        found = hit_shares(
-            classified(self.classifier, self.heldout.pixels),
-            class_numbers(self.heldout.records, self.classifier.classes),
-        )
         seen = self.images.spread(len(self.heldout))
-        scores = classified(self.classifier, seen.pixels)
-        wanted = class_numbers(seen.records, self.classifier.classes)
-        return {**found, "trained_concept": hit_shares(scores, wanted)["concept"]}
+        return {**self._shares(self.heldout), "trained_concept": self._shares(seen)["concept"]}
+
+    def _shares(self, images: CaptionedImages) -> dict[str, float]:
+        classes = self.classifier.classes
+        scores = among_styles(
+            classified(self.classifier, images.pixels), classes, {record.style for record in images.records}
+        )
+        return hit_shares(scores, class_numbers(images.records, classes))
 
     def preview(self) -> None:
         """Show nothing: the validation figures say it."""
@@ -323,9 +345,10 @@ class ClassifierStage:
 
 
 def _moments(x: torch.Tensor) -> torch.Tensor:
-    """Return mean, spread and maximum a channel, float32 (number, 3 * channels)."""
+    """Return mean, spread, extremes and mean change along rows a channel, float32 (number, 5 * channels)."""
     flat = x.float().flatten(2)
-    return torch.cat([flat.mean(dim=2), flat.std(dim=2), flat.amax(dim=2)], dim=1)
+    change = flat.diff(dim=2).abs().mean(dim=2)
+    return torch.cat([flat.mean(dim=2), flat.std(dim=2), flat.amax(dim=2), flat.amin(dim=2), change], dim=1)
 
 
 def _share(hits: torch.Tensor) -> float:
