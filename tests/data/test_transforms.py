@@ -2,7 +2,7 @@
 
 import torch
 
-from latteflow.data.transforms import augment, blend, distort, nudge, patches_of
+from latteflow.data.transforms import augment, blend, distort, nudge, patches_of, soften
 from toys import seeded
 
 
@@ -113,3 +113,17 @@ def test_nudging_moves_whole_pixels_onto_white():
     edge = -torch.ones(64, 3, 8, 8)
     assert (nudge(edge, seeded(), 2)[:, :, 2:-2, 2:-2] == -1).all()
     assert (nudge(edge, seeded(), 2) == 1).any()
+
+
+def test_softening_blurs_and_keeps_white_and_flat_areas():
+    white = torch.ones(8, 3, 16, 16)
+    assert torch.equal(soften(white, seeded()), white)
+    pictures = marked(64)
+    soft = soften(pictures, seeded())
+    assert torch.equal(soften(pictures, seeded()), soft)
+    assert soft.abs().max() <= 1
+    assert (soft - pictures).abs().mean() < 0.1
+    edge = (soft[:, 0, 16, 8] - soft[:, 0, 16, 9]).abs()  # 2 in the sharp picture
+    assert edge.max() < 2.1
+    assert edge.mean() < 1.7
+    assert len({round(float(value), 4) for value in edge}) > 30

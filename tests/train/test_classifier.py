@@ -56,7 +56,7 @@ def test_it_never_takes_statistics_of_a_batch(images):
     assert not any(module.training for module in made.modules())
 
 
-def test_styles_are_solved_for_not_trained(classifier, images):
+def test_styles_are_learnt_at_the_start_and_stay(classifier, images):
     wanted = class_numbers(images.records, classifier.classes)
     assert hit_shares(classified(classifier, images.pixels), wanted)["style"] > 0.9
     assert not any(p.requires_grad for p in classifier.styles.parameters())

@@ -19,7 +19,8 @@ from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from latteflow.data.captioned import CaptionedImages, Record
-from latteflow.data.transforms import blend, distort, nudge
+from latteflow.data.loader import generator_of
+from latteflow.data.transforms import blend, distort, nudge, soften
 from latteflow.errors import UserError
 from latteflow.train.recipe import ClassifierSection
 
@@ -28,7 +29,8 @@ KEYS = ("concept", "style", "group")
 TOP_WIDTH = 1280
 _LEAST_SPREAD = 0.05
 _MOMENTS = 5
-_RIDGE = 0.03
+_STYLE_WIDTH = 192
+_STYLE_EPOCHS = 25
 _WEIGHTS, _FACTS = "model.safetensors", "classifier.json"
 
 
@@ -56,8 +58,8 @@ class PictureClassifier(nn.Module):
 
     Concepts are told by the cosine between a picture's features and one vector a concept; groups by a linear layer;
     styles by moments of the early channels, where strokes and shading show. The first blocks and all batch statistics
-    keep their ImageNet values, so that the style's layer is solved once, by least squares on unchanged pictures:
-    distorted ones blur what tells a style. [D]
+    keep their ImageNet values, so that two layers for the style are learnt once, on pictures as they are and softened:
+    distorted ones lose what tells a style. [D]
 
     Args:
         classes: the values of each of ``KEYS``.
@@ -95,7 +97,9 @@ class PictureClassifier(nn.Module):
             self.register_buffer(f"{name}_spread", torch.ones(width))
         self.concepts = nn.Parameter(torch.randn(len(self.classes["concept"]), TOP_WIDTH) / TOP_WIDTH**0.5)
         self.sharpness = nn.Parameter(torch.tensor(20.0))
-        self.styles = nn.Linear(low, len(self.classes["style"])).requires_grad_(False)
+        self.styles = nn.Sequential(
+            nn.Linear(low, _STYLE_WIDTH), nn.GELU(), nn.Linear(_STYLE_WIDTH, len(self.classes["style"]))
+        ).requires_grad_(False)
         self.groups = nn.Linear(TOP_WIDTH, len(self.classes["group"]))
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.train()
@@ -149,7 +153,7 @@ class PictureClassifier(nn.Module):
         """Return each key's scores from standardised features of pictures, (number, 1280) and (number, values)."""
         return {
             "concept": self.concept_scores(top),
-            "style": functional.linear(low, self.styles.weight, self.styles.bias).float(),
+            "style": self.styles(low).float(),
             "group": self.groups(top).float(),
         }
 
@@ -161,7 +165,7 @@ class PictureClassifier(nn.Module):
 
     @torch.no_grad()
     def start_from(self, images: CaptionedImages) -> None:
-        """Standardise features by ``images``, take each concept's mean as its first vector, solve for the styles."""
+        """Standardise features by ``images``, take each concept's mean as its first vector, learn styles."""
         tops, lows = [], []
         for index in torch.arange(len(images)).split(64):
             with torch.autocast("cpu", torch.bfloat16):
@@ -176,13 +180,30 @@ class PictureClassifier(nn.Module):
         wanted = class_numbers(images.records, self.classes)
         self.concepts.copy_(torch.zeros_like(self.concepts).index_add_(0, wanted["concept"], standard))
         self.concepts.copy_(functional.normalize(self.concepts, dim=1))
-        early = self._standard_low(torch.cat(lows)).double()
-        early = torch.cat([early, torch.ones(len(early), 1, dtype=early.dtype)], dim=1)
-        target = functional.one_hot(wanted["style"], len(self.classes["style"])).to(early.dtype)
-        ridge = _RIDGE * len(early) * torch.eye(early.shape[1], dtype=early.dtype)
-        solved = torch.linalg.solve(early.T @ early + ridge, early.T @ target).float()
-        self.styles.weight.copy_(solved[:-1].T)
-        self.styles.bias.copy_(solved[-1])
+        softened = []
+        for index in torch.arange(len(images)).split(64):
+            pictures = soften(images.batch(index), generator_of(0, "soften", int(index[0])))
+            with torch.autocast("cpu", torch.bfloat16):
+                softened.append(self.features(pictures)[1])
+        self._learn_styles(self._standard_low(torch.cat([*lows, *softened])), wanted["style"].repeat(2))
+
+    @torch.enable_grad()
+    def _learn_styles(self, low: torch.Tensor, wanted: torch.Tensor) -> None:
+        """Train the style's layers, with dropout, on standardised early features of pictures."""
+        first, bend, last = self.styles.requires_grad_(True)
+        optimizer = torch.optim.AdamW(self.styles.parameters(), lr=2e-3, weight_decay=0.05)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, _STYLE_EPOCHS)
+        for epoch in range(_STYLE_EPOCHS):
+            generator = generator_of(0, "styles", epoch)
+            for index in torch.randperm(len(low), generator=generator).split(256):
+                kept = torch.rand(len(index), _STYLE_WIDTH, generator=generator) > 0.3
+                scores = last(bend(first(low[index])) * kept / 0.7)
+                loss = functional.cross_entropy(scores, wanted[index], label_smoothing=0.05)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            schedule.step()
+        self.styles.requires_grad_(False)
 
     @torch.no_grad()
     def forget_concepts(self, keep: Sequence[str]) -> None:
