@@ -90,7 +90,7 @@ def test_a_pupil_that_gives_the_teachers_features_and_scores_has_only_labels_to_
 
     some = {**none, "style": torch.tensor([0, -100, 2, -100, -100, 1])}
     total, parts = teaching_loss(teacher, torch.zeros(6), scores, teacher.target, some)
-    expected = 0.5 * functional.cross_entropy(scores["style"][[0, 2, 5]], torch.tensor([0, 2, 1]), label_smoothing=0.1)
+    expected = functional.cross_entropy(scores["style"][[0, 2, 5]], torch.tensor([0, 2, 1]), label_smoothing=0.1)
     torch.testing.assert_close(total, expected)
     torch.testing.assert_close(parts["loss/style"], expected)
 
@@ -127,10 +127,13 @@ def test_a_teacher_of_another_grid_is_refused():
 
 def test_pictures_are_told_apart_from_blends():
     pictures = torch.rand(64, 3, 32, 32, generator=seeded()) * 2 - 1
-    changed, whole = unlike_any(pictures, seeded(1), 0.5)
+    changed, whole = unlike_any(pictures, seeded(1), mild_share=0.25, blend_share=0.5)
     assert 10 < whole.sum() < 54
-    assert torch.equal(unlike_any(pictures, seeded(1), 0.5)[0], changed)
-    assert unlike_any(pictures, seeded(1), 0.0)[1].all()
+    assert torch.equal(unlike_any(pictures, seeded(1), mild_share=0.25, blend_share=0.5)[0], changed)
+    moved, whole = unlike_any(pictures, seeded(1), mild_share=1.0, blend_share=0.0)
+    assert whole.all()
+    values = {round(float(value), 5) for value in pictures.unique()} | {1.0}
+    assert {round(float(value), 5) for value in moved.unique()} <= values
 
 
 def test_labels_go_with_labelled_whole_pictures_only(tmp_path, toy_set, teacher, monkeypatch):

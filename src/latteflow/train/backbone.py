@@ -173,8 +173,9 @@ class BackboneStage:
             return pictures, torch.ones(len(index), dtype=torch.bool)
         if self.teacher is None:
             return augment(pictures, generator), torch.ones(len(index), dtype=torch.bool)
-        talked, whole = unlike_any(pictures[:talked_about], generator, 0.0)
-        others, unblended = unlike_any(pictures[talked_about:], generator, self.settings.blend_share)
+        mild, blended = self.settings.mild_share, self.settings.blend_share
+        talked, whole = unlike_any(pictures[:talked_about], generator, mild_share=mild, blend_share=0.0)
+        others, unblended = unlike_any(pictures[talked_about:], generator, mild_share=mild, blend_share=blended)
         return torch.cat([talked, others]), torch.cat([whole, unblended])
 
     def _conversation(self, record: Record, seen: bool, generator: torch.Generator) -> Conversation:

@@ -129,6 +129,8 @@ class VisionSection(Section):
     """Share of pictures that come from the whole training set, with what the selection leaves out, unlabelled."""
     blend_share: Probability = 0.5
     """Share of pictures that another one is laid over."""
+    mild_share: Probability = 0.4
+    """Share of pictures that are only moved, by whole pixels; the others are distorted."""
 
 
 class BackboneSection(Section):
@@ -156,6 +158,8 @@ class BackboneSection(Section):
     """Weight of what the readers learn (classes, the teacher's features) beside the loss on words. [D]"""
     blend_share: Probability = 0.5
     """Share of pictures not talked about that another one is laid over, where there is a teacher."""
+    mild_share: Probability = 0.5
+    """Share of pictures that are only moved, by whole pixels, where there is a teacher; the others are distorted."""
     text_share: Probability = 0.15
     """Share of conversations without a picture: a loose description to its canonical caption."""
     augment: bool = True

@@ -141,7 +141,7 @@ def teaching_loss(
     for key in KEYS:
         if (wanted[key] != _IGNORED).any():
             loss = functional.cross_entropy(scores[key], wanted[key], label_smoothing=0.1)
-            parts[key] = 0.5 * loss
+            parts[key] = loss if key == "style" else 0.5 * loss  # of styles, the teacher says nothing
     return torch.stack(list(parts.values())).sum(), {f"loss/{key}": part.detach() for key, part in parts.items()}
 
 
@@ -150,10 +150,17 @@ def _divergence(scores: torch.Tensor, opinion: torch.Tensor) -> torch.Tensor:
 
 
 def unlike_any(
-    pictures: torch.Tensor, generator: torch.Generator, blend_share: float
+    pictures: torch.Tensor, generator: torch.Generator, *, mild_share: float, blend_share: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return distorted (a quarter: only moved), partly blended pictures, and which of them are still one thing."""
-    mild = torch.rand(len(pictures), generator=generator) < 0.25
+    """Return distorted (or only moved), partly blended pictures, and which of them are still one thing.
+
+    Args:
+        pictures: float in [-1, 1], (number, 3, height, width).
+        generator: a CPU generator; all draws come from it.
+        mild_share: share of pictures of which every pixel keeps its value, so that they still show their style.
+        blend_share: share of pictures that another one is laid over.
+    """
+    mild = torch.rand(len(pictures), generator=generator) < mild_share
     changed = torch.where(mild[:, None, None, None], nudge(pictures, generator), distort(pictures, generator))
     changed, _, own = blend(changed, generator, blend_share)
     return changed, own == 1
@@ -201,7 +208,9 @@ class VisionStage:
         if strange:
             drawn = torch.randint(len(self.unlabelled), (strange,), generator=generator)
             pictures[:strange] = self.unlabelled[drawn].float().div_(127.5).sub_(1.0)
-        pictures, whole = unlike_any(pictures, generator, self.settings.blend_share)
+        pictures, whole = unlike_any(
+            pictures, generator, mild_share=self.settings.mild_share, blend_share=self.settings.blend_share
+        )
         whole[:strange] = False
         for numbers in wanted.values():
             numbers[~whole] = _IGNORED
