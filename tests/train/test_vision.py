@@ -1,11 +1,14 @@
 """The vision tower trained alone: its forward is transformers' own, its losses are what they say, it is handed on."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from pydantic import TypeAdapter
 from torch.nn import functional
 
 from latteflow.data.captioned import load_captioned_images
+from latteflow.data.prompts import WHAT, Turn
 from latteflow.data.transforms import patches_of
 from latteflow.errors import UserError
 from latteflow.train.backbone import BackboneStage
@@ -13,7 +16,7 @@ from latteflow.train.build import build_stage, load_unlabelled
 from latteflow.train.classifier import KEYS, PictureClassifier, classes_of
 from latteflow.train.loop import train
 from latteflow.train.recipe import BackboneSection, DataSection, Recipe
-from latteflow.train.vision import load_vision, picture_tokens, teaching_loss, unlike_any
+from latteflow.train.vision import answerable, load_vision, picture_tokens, teaching_loss, unlike_any
 from toys import PATCH, samples_of, seeded, toy_recipe
 
 pytest.importorskip("efficientnet_lite_pytorch")
@@ -90,8 +93,8 @@ def test_a_pupil_that_gives_the_teachers_features_and_scores_has_only_labels_to_
     some = {**none, "style": torch.tensor([0, -100, 2, -100, -100, 1])}
     total, parts = teaching_loss(teacher, torch.zeros(6), scores, teacher.target, some)
     expected = functional.cross_entropy(scores["style"][[0, 2, 5]], torch.tensor([0, 2, 1]), label_smoothing=0.1)
-    torch.testing.assert_close(total, expected)
-    torch.testing.assert_close(parts["loss/style"], expected)
+    torch.testing.assert_close(total, 2 * expected)
+    torch.testing.assert_close(parts["loss/style"], 2 * expected)
 
 
 def test_features_and_opinion_are_squared_error_and_divergence():
@@ -126,17 +129,31 @@ def test_a_teacher_of_another_grid_is_refused():
 
 def test_pictures_are_told_apart_from_blends():
     pictures = torch.rand(64, 3, 32, 32, generator=seeded()) * 2 - 1
-    changed, whole = unlike_any(pictures, seeded(1), mild_share=0.25, blend_share=0.5)
+    changed, whole, mild = unlike_any(pictures, seeded(1), mild_share=0.25, blend_share=0.5)
     assert 10 < whole.sum() < 54
-    assert torch.equal(unlike_any(pictures, seeded(1), mild_share=0.25, blend_share=0.5)[0], changed)
-    moved, whole = unlike_any(pictures, seeded(1), mild_share=1.0, blend_share=0.0)
-    assert whole.all()
+    assert 4 < mild.sum() < 32
+    assert whole[mild].all()
     values = {round(float(value), 5) for value in pictures.unique()} | {1.0}
-    assert {round(float(value), 5) for value in moved.unique()} <= values
+    keeps_values = [{round(float(value), 5) for value in picture.unique()} <= values for picture in changed]
+    assert keeps_values == mild.tolist()
+    assert torch.equal(unlike_any(pictures, seeded(1), mild_share=0.25, blend_share=0.5)[0], changed)
+    _, whole, mild = unlike_any(pictures, seeded(1), mild_share=1.0, blend_share=1.0)
+    assert whole.all()
+    assert mild.all()
+    _, whole, mild = unlike_any(pictures, seeded(1), mild_share=0.0, blend_share=1.0)
+    assert not whole.any()
+    assert not mild.any()
 
 
 def test_labels_go_with_labelled_whole_pictures_only(tmp_path, toy_set, teacher, monkeypatch):
-    stage = build_stage(recipe_of(tmp_path, toy_set, teacher, {"unlabelled_share": 0.25, "blend_share": 0.5}))
+    shares = {"unlabelled_share": 0.25, "blend_share": 0.5, "mild_share": 0.25}
+    stage = build_stage(recipe_of(tmp_path, toy_set, teacher, shares))
+    extra = torch.arange(36) % 5 == 0
+    stage.images = replace(
+        stage.images,
+        records=tuple(replace(record, extra=bool(x)) for record, x in zip(stage.images.records, extra, strict=True)),
+    )
+    stage.wanted = answerable(stage.images.records, stage.classes)
     handed = {}
 
     def recorded(teacher, pictures, scores, cells, wanted):
@@ -149,10 +166,16 @@ def test_labels_go_with_labelled_whole_pictures_only(tmp_path, toy_set, teacher,
     ignored = handed["concept"] == -100
     assert ignored[:9].all()
     assert 5 < ignored[9:].sum() < 22
+    assert torch.equal(handed["group"] == -100, ignored)
+    unstyled = handed["style"] == -100
+    assert unstyled[ignored].all()  # what is not one thing has no style
+    assert unstyled[extra].all()
+    assert 1 <= (~unstyled).sum() < (~ignored).sum() - extra[9:].sum() // 2  # distorted pictures have none either
     for key in KEYS:
-        assert torch.equal(handed[key] == -100, ignored)
-        assert torch.equal(handed[key][~ignored], stage.wanted[key][index][~ignored])
+        known = handed[key] != -100
+        assert torch.equal(handed[key][known], stage.wanted[key][index][known])
     assert (stage.wanted["concept"] >= 0).all()  # the stage's own labels are as they were
+    assert torch.equal(stage.wanted["style"] == -100, extra)
 
 
 def test_unlabelled_pictures_are_all_of_the_training_set(toy_set):
@@ -195,3 +218,33 @@ def test_it_trains_and_hands_its_tower_to_the_backbone(tmp_path, toy_set, teache
         BackboneStage(other, images, images)
     with pytest.raises(UserError, match=r"no vision tower in .*: train one with"):
         BackboneStage(section.model_copy(update={"vision": str(tmp_path)}), images, images)
+
+
+def test_only_a_picture_that_shows_its_style_is_asked_for_it(tmp_path, toy_set, teacher, monkeypatch):
+    images = load_captioned_images(toy_set, "train")
+    plain = toy_recipe("backbone", tmp_path, toy_set)["backbone"]
+    section = BackboneSection(**{**plain, "teacher": str(teacher), "mild_share": 0.5, "conversation_share": 1.0})
+    stage = BackboneStage(section.model_copy(update={"text_share": 0.0}), images, images)
+    extra = torch.arange(36) % 3 == 0
+    records = [replace(record, extra=bool(x)) for record, x in zip(images.records, extra, strict=True)]
+    stage.images = replace(images, records=tuple(records))
+    stage.wanted = answerable(stage.images.records, stage.classes)
+    asked, handed = [], {}
+
+    def turns(record, number, labels, generator, *, styled):
+        asked.append(styled)
+        return [Turn(WHAT, record.label)]
+
+    def losses(teacher, pictures, scores, cells, wanted):
+        handed.update(wanted)
+        return torch.tensor(0.0), {}
+
+    monkeypatch.setattr("latteflow.data.prompts.draw_turns", turns)
+    monkeypatch.setattr("latteflow.train.backbone.teaching_loss", losses)
+    with torch.no_grad():
+        stage.loss(stage.model, samples_of(torch.arange(36)), None)
+    styled = torch.tensor(asked)
+    assert not styled[extra].any()
+    assert 4 < styled.sum() < 20
+    assert torch.equal(handed["style"] != -100, styled)
+    assert (handed["concept"] != -100).all()  # what is talked about is one thing

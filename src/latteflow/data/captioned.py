@@ -36,6 +36,8 @@ class Record:
     subgroup: str
     style: str
     skin_tone: str
+    extra: bool = False
+    """Whether the style is one of the set's extra ones, which are there to learn things from."""
 
 
 @dataclass(frozen=True)
@@ -125,11 +127,13 @@ def load_captioned_images(
         raise UserError(_broken(folder, error)) from error
     return CaptionedImages(
         pixels=torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(),
-        records=tuple(
-            Record(**{**{key: row[key] for key in _COLUMNS}, "names": tuple(row["names"]), "tags": tuple(row["tags"])})
-            for row in rows
-        ),
+        records=tuple(_record(row, extra=split == "extra") for row in rows),
     )
+
+
+def _record(row: dict[str, Any], *, extra: bool) -> Record:
+    words = {key: row[key] for key in _COLUMNS}
+    return Record(**{**words, "names": tuple(row["names"]), "tags": tuple(row["tags"])}, extra=extra)
 
 
 def _read_metadata(folder: Path) -> list[dict[str, Any]]:

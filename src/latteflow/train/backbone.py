@@ -19,11 +19,21 @@ from latteflow.data.transforms import augment, patches_of
 from latteflow.models.answers import greedy_answers
 from latteflow.models.backbones.small_qwen2_vl import small_backbone, small_processor, train_tokenizer
 from latteflow.models.processor import IMAGE_TOKEN, PICTURE
-from latteflow.train.classifier import KEYS, class_numbers, classes_of, load_classifier
+from latteflow.train.classifier import classes_of, load_classifier
 from latteflow.train.recipe import BackboneSection
 from latteflow.train.samples import Samples
 from latteflow.train.stage import Stage
-from latteflow.train.vision import Readers, SupervisedVision, load_vision, picture_tokens, teaching_loss, unlike_any
+from latteflow.train.vision import (
+    Readers,
+    SupervisedVision,
+    answerable,
+    label_losses,
+    load_vision,
+    picture_tokens,
+    teaching_loss,
+    told_apart,
+    unlike_any,
+)
 
 _IGNORED = -100  # transformers' label of positions that carry no loss
 
@@ -118,7 +128,7 @@ class BackboneStage(Stage):
         )
         self.labels = sorted({record.label for record in images.records})
         self.classes = classes_of(images.records)
-        self.wanted = class_numbers(images.records, self.classes)
+        self.wanted = answerable(images.records, self.classes)
         numbers = {key: len(values) for key, values in self.classes.items()}
         model = SupervisedBackbone(self.backbone, numbers, taught=settings.teacher is not None)
         if settings.vision:
@@ -143,46 +153,53 @@ class BackboneStage(Stage):
         records = [self.images.records[i] for i in index.tolist()]
         number = max(1, round(settings.conversation_share * len(records)))
         seen = torch.rand(number, generator=generator) >= settings.text_share
+        pictures, whole, mild = self._pictures(index, number, generator)
         talks = [
-            self._conversation(record, sees, generator)
-            for record, sees in zip(records[:number], seen.tolist(), strict=True)
+            self._conversation(record, sees, styled, generator)
+            for record, sees, styled in zip(records[:number], seen.tolist(), mild[:number].tolist(), strict=True)
         ]
-        pictures, whole = self._pictures(index, number, generator)
         pictures = pictures.to(self.device)
         pixel_values, grid = patches_of(pictures, patch_size=settings.patch_size)
         ids = _padded([talk.ids for talk in talks], int(self.tokenizer.pad_token_id))  # type: ignore[arg-type]
         labels = _padded([talk.labels for talk in talks], _IGNORED)
         shown = seen.nonzero()[:, 0]
         words, scores, cells = model(*(x.to(self.device) for x in (pixel_values, grid, shown, ids, labels)))
-        wanted = {
-            key: torch.where(whole, numbers[index], _IGNORED).to(self.device) for key, numbers in self.wanted.items()
-        }
+        wanted = told_apart({key: numbers[index] for key, numbers in self.wanted.items()}, whole, mild)
+        wanted = {key: numbers.to(self.device) for key, numbers in wanted.items()}
         if self.teacher is not None:
             read, figures = teaching_loss(self.teacher, pictures, scores, cells, wanted)
         else:
-            parts = {key: functional.cross_entropy(scores[key], wanted[key], label_smoothing=0.1) for key in KEYS}
+            parts = label_losses(scores, wanted)
             read = torch.stack(list(parts.values())).sum()
             figures = {f"loss/{key}": part.detach() for key, part in parts.items()}
         return (words + settings.class_weight * read) * samples.share, {"loss/words": words.detach(), **figures}
 
     def _pictures(
         self, index: torch.Tensor, talked_about: int, generator: torch.Generator
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return pictures ``index`` as they are shown, and which are one thing: the first, at least, always are."""
-        pictures = self.images.batch(index)
-        if not self.settings.augment:
-            return pictures, torch.ones(len(index), dtype=torch.bool)
-        if self.teacher is None:
-            return augment(pictures, generator), torch.ones(len(index), dtype=torch.bool)
-        mild, blended = self.settings.mild_share, self.settings.blend_share
-        talked, whole = unlike_any(pictures[:talked_about], generator, mild_share=mild, blend_share=0.0)
-        others, unblended = unlike_any(pictures[talked_about:], generator, mild_share=mild, blend_share=blended)
-        return torch.cat([talked, others]), torch.cat([whole, unblended])
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return pictures ``index`` as they are shown, which are one thing, and which show their style.
 
-    def _conversation(self, record: Record, seen: bool, generator: torch.Generator) -> Conversation:
-        """Return questions about a picture, or (unseen) a loose description to be said properly."""
+        Those talked about, the first, always are one thing.
+        """
+        pictures, every = self.images.batch(index), torch.ones(len(index), dtype=torch.bool)
+        if not self.settings.augment:
+            return pictures, every, every
+        if self.teacher is None:
+            return augment(pictures, generator), every, every
+        share, blended = self.settings.mild_share, self.settings.blend_share
+        parts = [
+            unlike_any(part, generator, mild_share=share, blend_share=blend_share)
+            for part, blend_share in ((pictures[:talked_about], 0.0), (pictures[talked_about:], blended))
+            if len(part)
+        ]
+        pictures, whole, mild = (torch.cat(found) for found in zip(*parts, strict=True))
+        return pictures, whole, mild
+
+    def _conversation(self, record: Record, seen: bool, styled: bool, generator: torch.Generator) -> Conversation:
+        """Return questions about a picture (of its style, if ``styled``), or (unseen) a description to be said well."""
         if seen:
-            turns = prompts.draw_turns(record, self.settings.turns, self.labels, generator)
+            styled = styled and not record.extra
+            turns = prompts.draw_turns(record, self.settings.turns, self.labels, generator, styled=styled)
             head = PICTURE.replace(IMAGE_TOKEN, IMAGE_TOKEN * self.picture_tokens)
         else:
             turns = [prompts.Turn(prompts.draw_caption(record, generator), prompts.canonical_caption(record))]

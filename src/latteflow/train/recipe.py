@@ -165,10 +165,10 @@ class VisionSection(Section):
     patch_size: PositiveInt = 8
     unlabelled_share: Probability = 0.3
     """Share of pictures that come from the whole training set, with what the selection leaves out, unlabelled."""
-    blend_share: Probability = 0.5
-    """Share of pictures that another one is laid over."""
     mild_share: Probability = 0.4
     """Share of pictures that are only moved, by whole pixels; the others are distorted."""
+    blend_share: Probability = 0.6
+    """Share of the distorted pictures that another one is laid over."""
 
 
 class BackboneSection(Section):
@@ -195,7 +195,7 @@ class BackboneSection(Section):
     class_weight: NonNegativeFloat = 1.0
     """Weight of what the readers learn (classes, the teacher's features) beside the loss on words. [D]"""
     blend_share: Probability = 0.5
-    """Share of pictures not talked about that another one is laid over, where there is a teacher."""
+    """Share of distorted pictures, not talked about, that another is laid over, where there is a teacher."""
     mild_share: Probability = 0.5
     """Share of pictures that are only moved, by whole pixels, where there is a teacher; the others are distorted."""
     text_share: Probability = 0.15

@@ -7,7 +7,7 @@ there is no end; and the teacher's opinion is worth having on pictures without a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch.nn import functional
 from transformers.models.qwen2_vl.modeling_qwen2_vl import rotate_half
 from transformers.vision_utils import get_vision_position_ids
 
-from latteflow.data.captioned import CaptionedImages
+from latteflow.data.captioned import CaptionedImages, Record
 from latteflow.data.transforms import blend, distort, nudge, patches_of
 from latteflow.errors import UserError
 from latteflow.models.backbones.small_qwen2_vl import small_backbone, train_tokenizer
@@ -37,6 +37,7 @@ from latteflow.train.stage import Stage
 
 _WEIGHTS = "vision.safetensors"
 _IGNORED = -100
+_STYLE_WEIGHT = 2.0  # of styles, the teacher says nothing, and few pictures of a batch have one
 
 
 def picture_tokens(visual: Any, patches: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
@@ -140,11 +141,33 @@ def teaching_loss(
         "features": functional.mse_loss(cells, target),
         "opinion": _divergence(scores["concept"], opinion) + _divergence(read, opinion),
     }
-    for key in KEYS:
-        if (wanted[key] != _IGNORED).any():
-            loss = functional.cross_entropy(scores[key], wanted[key], label_smoothing=0.1)
-            parts[key] = loss if key == "style" else 0.5 * loss  # of styles, the teacher says nothing
+    for key, loss in label_losses(scores, wanted).items():
+        parts[key] = _STYLE_WEIGHT * loss if key == "style" else 0.5 * loss
     return torch.stack(list(parts.values())).sum(), {f"loss/{key}": part.detach() for key, part in parts.items()}
+
+
+def label_losses(scores: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the mean cross entropy of each key that has labels; where a label is -100, there is none."""
+    return {
+        key: functional.cross_entropy(scores[key], numbers, label_smoothing=0.1)
+        for key, numbers in wanted.items()
+        if (numbers != _IGNORED).any()
+    }
+
+
+def answerable(records: Sequence[Record], classes: Mapping[str, Sequence[str]]) -> dict[str, torch.Tensor]:
+    """Return class numbers as ``class_numbers`` does, but no style (-100) of pictures in extra styles.
+
+    Nobody asks for the extra styles by name, and some are hard to tell from the others: earlier editions of them.
+    """
+    numbers = class_numbers(records, classes)
+    numbers["style"][torch.tensor([record.extra for record in records])] = _IGNORED
+    return numbers
+
+
+def told_apart(wanted: Mapping[str, torch.Tensor], whole: torch.Tensor, mild: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return labels of changed pictures: -100 where they are no longer one thing, or (style) no longer of a style."""
+    return {key: numbers.where(mild if key == "style" else whole, _IGNORED) for key, numbers in wanted.items()}
 
 
 def _divergence(scores: torch.Tensor, opinion: torch.Tensor) -> torch.Tensor:
@@ -153,19 +176,21 @@ def _divergence(scores: torch.Tensor, opinion: torch.Tensor) -> torch.Tensor:
 
 def unlike_any(
     pictures: torch.Tensor, generator: torch.Generator, *, mild_share: float, blend_share: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return distorted (or only moved), partly blended pictures, and which of them are still one thing.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return pictures of three kinds, which of them are still one thing, and which still show their style.
+
+    Some are only moved, every pixel keeps its value; of the others, which are distorted, some have another laid over.
 
     Args:
         pictures: float in [-1, 1], (number, 3, height, width).
         generator: a CPU generator; all draws come from it.
-        mild_share: share of pictures of which every pixel keeps its value, so that they still show their style.
-        blend_share: share of pictures that another one is laid over.
+        mild_share: share of pictures that are only moved.
+        blend_share: share of the distorted ones that another picture is laid over.
     """
     mild = torch.rand(len(pictures), generator=generator) < mild_share
-    changed = torch.where(mild[:, None, None, None], nudge(pictures, generator), distort(pictures, generator))
-    changed, _, own = blend(changed, generator, blend_share)
-    return changed, own == 1
+    distorted, _, own = blend(distort(pictures, generator), generator, blend_share)
+    changed = torch.where(mild[:, None, None, None], nudge(pictures, generator), distorted)
+    return changed, mild | (own == 1), mild
 
 
 class VisionStage(Stage):
@@ -191,7 +216,7 @@ class VisionStage(Stage):
             self.visual,
             Readers(settings.hidden_size, {key: len(values) for key, values in self.classes.items()}, taught=True),
         )
-        self.wanted = class_numbers(images.records, self.classes)
+        self.wanted = answerable(images.records, self.classes)
         self.number = len(images)
         self.device = torch.device("cpu")
 
@@ -209,12 +234,11 @@ class VisionStage(Stage):
         if strange:
             drawn = torch.randint(len(self.unlabelled), (strange,), generator=generator)
             pictures[:strange] = self.unlabelled[drawn].float().div_(127.5).sub_(1.0)
-        pictures, whole = unlike_any(
+        pictures, whole, mild = unlike_any(
             pictures, generator, mild_share=self.settings.mild_share, blend_share=self.settings.blend_share
         )
-        whole[:strange] = False
-        for numbers in wanted.values():
-            numbers[~whole] = _IGNORED
+        labelled = torch.arange(len(index)) >= strange
+        wanted = told_apart(wanted, whole & labelled, mild & labelled)
         pictures = pictures.to(self.device)
         scores, cells = model(*patches_of(pictures, patch_size=self.settings.patch_size))
         wanted = {key: numbers.to(self.device) for key, numbers in wanted.items()}
