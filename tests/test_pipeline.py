@@ -31,9 +31,9 @@ def expert_calls(pipe, monkeypatch):
     """A list that fills with (group, batch size) of each call of an expert."""
     calls, expert = [], pipe.transformer.expert
 
-    def recorded(group, x_t, t, context):
+    def recorded(group, x_t, t, context, cache=None):
         calls.append((group, len(x_t)))
-        return expert(group, x_t, t, context)
+        return expert(group, x_t, t, context, cache)
 
     monkeypatch.setattr(pipe.transformer, "expert", recorded)
     return calls
@@ -118,6 +118,34 @@ def test_guidance_is_the_formula(pipe):
         x_t = (x_t + (v_without + 3.0 * (v - v_without)) / 4).detach()
     torch.testing.assert_close(draw(pipe, guidance_scale=3.0), x_t, rtol=0, atol=1e-4)
     assert not torch.allclose(draw(pipe, guidance_scale=1.0), x_t, atol=1e-2)
+
+
+def test_guidance_acts_in_its_interval_only(pipe, monkeypatch):
+    calls = expert_calls(pipe, monkeypatch)
+    guided, plain = draw(pipe, guidance_scale=3.0), draw(pipe, guidance_scale=1.0)
+    assert torch.equal(draw(pipe, guidance_scale=3.0, guidance_interval=(0.0, 0.75)), guided)
+    torch.testing.assert_close(draw(pipe, guidance_scale=3.0, guidance_interval=(0.9, 1.0)), plain, rtol=0, atol=1e-5)
+    calls.clear()
+    draw(pipe, guidance_scale=3.0, guidance_interval=(0.25, 0.5))
+    assert [size for _, size in calls] == [1, 2, 2, 1]
+
+    x_t = torch.randn(1, 4, 4, 4, generator=seeded())
+    with_prompt, without = pipe.encode_prompt(["a red circle"]), pipe.encode_prompt([""])
+    for step in range(4):
+        t = torch.tensor([step / 4])
+        v = pipe.transformer(x_t, t, with_prompt)
+        if step in (1, 2):
+            v_without = pipe.transformer(x_t, t, without)
+            v = v_without + 3.0 * (v - v_without)
+        x_t = (x_t + v / 4).detach()
+    found = draw(pipe, guidance_scale=3.0, guidance_interval=(0.25, 0.5))
+    torch.testing.assert_close(found, x_t, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("interval", [(0.5, 0.2), (-0.1, 1.0), (0.0, 1.1), (0.5,), (float("nan"), 1.0)])
+def test_a_guidance_interval_that_is_none_is_refused(pipe, interval):
+    with pytest.raises(UserError, match="guidance_interval has to be two times"):
+        draw(pipe, guidance_interval=interval)
 
 
 def test_scale_0_ignores_the_prompt(pipe):

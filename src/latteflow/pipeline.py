@@ -20,13 +20,14 @@ from PIL import Image
 from transformers import PreTrainedModel
 
 from latteflow.errors import UserError
-from latteflow.flow.guidance import guide
+from latteflow.flow.guidance import Guidance
 from latteflow.flow.noise import initial_noise
 from latteflow.flow.schedulers import model_output_of_velocity, schedule_times, set_schedule
 from latteflow.models.answers import greedy_answers
 from latteflow.models.autoencoder import decode_latents
 from latteflow.models.context import Context, compute_context, concatenate
 from latteflow.models.conversation import ConversationCache, on_white
+from latteflow.models.guided import GuidedVelocity
 from latteflow.models.lora import LoraMixin
 from latteflow.models.processor import LatteFlowProcessor, Message
 from latteflow.models.request import check_output, check_prompt, check_sampling, check_size
@@ -92,6 +93,7 @@ class LatteFlowPipeline(LoraMixin, StoredPipeline):
         width: int | None = None,
         num_inference_steps: int = 40,
         guidance_scale: float = 4.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
         num_images_per_prompt: int = 1,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
@@ -106,10 +108,11 @@ class LatteFlowPipeline(LoraMixin, StoredPipeline):
         Args:
             prompt: one or several descriptions; "" draws without one. Left out where ``context`` is given.
             negative_prompt: what to steer away from, one for all prompts or one each; left out, the empty prompt.
-            height: in pixels, a multiple of ``spatial_factor``; left out, what the model was trained on.
+            height: in pixels, a multiple of ``spatial_factor``; left out, the model's own.
             width: like ``height``.
             num_inference_steps: network calls a picture (Heun makes 2 N - 1).
             guidance_scale: 1 is the plain conditional model; higher follows the prompt more closely.
+            guidance_interval: first and last t that are guided; outside, a step costs half (arXiv 2404.07724).
             num_images_per_prompt: pictures a prompt, in a row.
             generator: picture i takes its noise from ``initial_seed() + i`` of a single one, or from one of a list.
             latents: normalised noise to start from, (pictures, channels, height / factor, width / factor).
@@ -127,18 +130,16 @@ class LatteFlowPipeline(LoraMixin, StoredPipeline):
         height, width = (size if side is None else side for side in (height, width))
         check_prompt(prompt, context)
         check_size(height, width, factor=self.spatial_factor)
-        check_sampling(num_inference_steps, guidance_scale, num_images_per_prompt)
+        check_sampling(num_inference_steps, guidance_scale, guidance_interval, num_images_per_prompt)
         check_output(output_type, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
-        self._interrupt = False
         # The context: the backbone reads each prompt once.
         context = context or self.encode_prompt([prompt] if isinstance(prompt, str) else list(prompt or ()))
-        context = self._both_halves(context, negative_prompt, num_images_per_prompt, guided=guidance_scale != 1.0)
+        halves = self._both_halves(context, negative_prompt, num_images_per_prompt, guided=guidance_scale != 1.0)
 
-        # The path from noise to data: one expert a step. With guidance, the context holds two halves.
-        number = len(context) // (1 if guidance_scale == 1.0 else 2)
-        x_t = self._initial_noise(number, height, width, generator, latents)
+        # The path from noise to data: one expert a step.
+        x_t = self._initial_noise(len(context) * num_images_per_prompt, height, width, generator, latents)
         set_schedule(self.scheduler, num_inference_steps, device=x_t.device)
-        x_t = self._solve(x_t, context, guidance_scale, callback_on_step_end)
+        x_t = self._solve(x_t, halves, Guidance(guidance_scale, *guidance_interval), callback_on_step_end)
 
         images = x_t if output_type == "latent" else self.decode(x_t, output_type)
         self.maybe_free_model_hooks()
@@ -163,33 +164,27 @@ class LatteFlowPipeline(LoraMixin, StoredPipeline):
         self,
         x_t: torch.Tensor,
         context: Context,
-        guidance_scale: float,
+        guidance: Guidance,
         callback: Callable[[Any, int, Any, dict[str, Any]], dict[str, Any] | None] | None,
     ) -> torch.Tensor:
-        """Go from noise to data on the scheduler's grid; stop early where a callback asks for it."""
+        """Go from noise to data on the scheduler's grid; stop early where a callback asks for it.
+
+        ``context`` holds the unconditional half first, if there is guidance.
+        """
+        self._interrupt = False
         times = schedule_times(self.scheduler)
+        velocity = GuidedVelocity(self.transformer, context, times, guidance)
         with self.progress_bar(total=len(times)) as progress:
             for step, (timestep, t) in enumerate(zip(self.scheduler.timesteps, times, strict=True)):
                 if self.interrupt:
                     break
-                v = self._velocity(x_t, t, context, guidance_scale)
+                v = velocity(x_t, t)
                 x_t = self.scheduler.step(model_output_of_velocity(v), timestep, x_t, return_dict=False)[0]
                 if callback is not None:
                     changed = callback(self, step, timestep, {"latents": x_t}) or {}
                     x_t = changed.get("latents", x_t)
                 progress.update()
         return x_t
-
-    def _velocity(self, x_t: torch.Tensor, t: float, context: Context, guidance_scale: float) -> torch.Tensor:
-        """Return the guided velocity; ``context`` holds the unconditional half first where there is guidance."""
-        if guidance_scale == 1.0:
-            return self._expert_velocity(x_t, t, context)
-        v_unconditional, v_conditional = self._expert_velocity(torch.cat([x_t, x_t]), t, context).chunk(2)
-        return guide(v_conditional, v_unconditional, guidance_scale)
-
-    def _expert_velocity(self, x_t: torch.Tensor, t: float, context: Context) -> torch.Tensor:
-        times = torch.full((len(x_t),), t, dtype=torch.float32, device=x_t.device)
-        return self.transformer(x_t.to(self.transformer.dtype), times, context).to(x_t.dtype)
 
     @torch.no_grad()
     def encode_prompt(self, prompts: Sequence[str]) -> Context:

@@ -21,10 +21,10 @@ def test_returns_the_bits_of_the_backbones_norm(dtype, spread):
 
 def test_modulation_scales_around_one_then_shifts():
     x = torch.randn(2, 3, 4, generator=seeded())
-    zero = torch.zeros(2, 4)
+    zero = torch.zeros(2, 1, 4)
     assert torch.equal(modulate(x, zero, zero), x)
-    shift, scale = torch.randn(2, 2, 4, generator=seeded(1))
+    shift, scale = torch.randn(2, 2, 1, 4, generator=seeded(1))
     for sample in range(2):
         for token in range(3):
-            expected = x[sample, token] * (1 + scale[sample]) + shift[sample]
+            expected = x[sample, token] * (1 + scale[sample, 0]) + shift[sample, 0]
             torch.testing.assert_close(modulate(x, shift, scale)[sample, token], expected)

@@ -5,7 +5,28 @@ The scale is diffusers': 1 is no guidance (the paper sweeps 1 to 9).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How much velocities are guided, and at which times.
+
+    Guidance on a limited interval is from Kynkäänniemi et al. (arXiv 2404.07724).
+    """
+
+    scale: float
+    """1 is no guidance."""
+    first: float = 0.0
+    """The first t, in [0, 1], that is guided."""
+    last: float = 1.0
+    """The last."""
+
+    def acts_at(self, t: float) -> bool:
+        """Return whether the velocity at t is guided, so that the unconditional one is needed."""
+        return self.scale != 1.0 and self.first <= t <= self.last
 
 
 def guide(v_cond: Tensor, v_uncond: Tensor, scale: float) -> Tensor:

@@ -49,7 +49,9 @@ def check_output(output_type: str, tensor_inputs: Sequence[str], offered: Sequen
         raise UserError(f"callback_on_step_end_tensor_inputs can hold {list(offered)} only")
 
 
-def check_sampling(steps: int, guidance_scale: float, num_images_per_prompt: int) -> None:
+def check_sampling(
+    steps: int, guidance_scale: float, guidance_interval: Sequence[float], num_images_per_prompt: int
+) -> None:
     """Refuse numbers that no picture can be drawn with.
 
     Raises:
@@ -59,5 +61,7 @@ def check_sampling(steps: int, guidance_scale: float, num_images_per_prompt: int
         raise UserError(f"num_inference_steps has to be 1 to {_MOST_STEPS}: got {steps}")
     if not 0 <= guidance_scale <= 100:  # false for NaN, too
         raise UserError(f"guidance_scale has to be 0 to 100: got {guidance_scale}")
+    if len(guidance_interval) != 2 or not 0 <= guidance_interval[0] <= guidance_interval[1] <= 1:
+        raise UserError(f"guidance_interval has to be two times from 0 to 1, in order: got {guidance_interval}")
     if num_images_per_prompt < 1:
         raise UserError(f"num_images_per_prompt has to be 1 or more: got {num_images_per_prompt}")

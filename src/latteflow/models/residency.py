@@ -12,9 +12,8 @@ out, whose parts are called without it, and never bring it in.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -124,11 +123,9 @@ class GroupResidency:
             weight.leave(pinned=device.type == "cuda")
         for parameter in others:
             parameter.data = parameter.data.to(device)
-        self._hooks = [
-            layers[0].register_forward_pre_hook(_calling(partial(self.enter, group)), prepend=True)
-            for group, layers in enumerate(self._layers)
-        ]
-        self._hooks.append(transformer.register_state_dict_pre_hook(_refuse_state_dict))
+        self._transformer = transformer
+        transformer.enter_group = self.enter  # type: ignore[method-assign]
+        self._refusal = transformer.register_state_dict_pre_hook(_refuse_state_dict)
 
     @torch.compiler.disable()
     def enter(self, group: int) -> None:
@@ -159,13 +156,13 @@ class GroupResidency:
             self._fetching = self._begin(group + 1)
 
     def end(self) -> None:
-        """Put every group on the device, and take the hooks away."""
+        """Put every group on the device, and leave the transformer alone."""
         self._take(None)
         self._release()
         for weight in (weight for group in self._weights for weight in group):
             weight.put_back(self._device)
-        for hook in self._hooks:
-            hook.remove()
+        self._refusal.remove()
+        del self._transformer.enter_group
 
     def _begin(self, group: int) -> _Fetching:
         # Memory is taken by the calling thread: malloc has an arena a thread, and would not use a freed group's again.
@@ -200,10 +197,6 @@ class GroupResidency:
         for weight in self._weights[self.resident]:
             weight.put(weight.placeholder)
         self.resident = None
-
-
-def _calling(enter: Callable[[], None]) -> Callable[[nn.Module, Any], None]:
-    return lambda _layer, _inputs: enter()
 
 
 def _refuse_state_dict(*_: Any) -> None:

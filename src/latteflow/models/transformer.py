@@ -24,6 +24,7 @@ from latteflow.errors import UserError
 from latteflow.flow.intervals import Intervals
 from latteflow.models.backbones import family_of
 from latteflow.models.context import Context
+from latteflow.models.sampling_cache import Moment, SamplingCache, Surroundings
 from latteflow.nn.block import ReplicaLayer
 from latteflow.nn.embeddings import PatchEmbedding, TimeEmbedding, unpatchify
 from latteflow.nn.feed_forward import Activation
@@ -58,9 +59,13 @@ class LatentIO(nn.Module):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def velocity(self, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+    def modulation_of(self, time: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Map the time embedding (B, time_size) to shift and scale in front of the head, each (B, 1, D)."""
+        shift, scale = self.out_modulation(nn.functional.silu(time))[:, None].chunk(2, dim=-1)
+        return shift, scale
+
+    def velocity(self, x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """Map the last stream (B, N, D) to a velocity a patch, (B, N, channels · patch_size²)."""
-        shift, scale = self.out_modulation(nn.functional.silu(time)).chunk(2, dim=-1)
         return self.head(modulate(self.out_norm(x), shift, scale))
 
 
@@ -186,17 +191,22 @@ class LatteFlowTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         """Return the numbers of a group's layers, in depth order; group 0 holds the first."""
         return range(group * self.group_size, (group + 1) * self.group_size)
 
-    def forward(self, x_t: torch.Tensor, t: torch.Tensor, context: Context) -> torch.Tensor:
+    def forward(
+        self, x_t: torch.Tensor, t: torch.Tensor | float, context: Context, cache: SamplingCache | None = None
+    ) -> torch.Tensor:
         """Return the velocity (data minus noise) at x_t.
 
         Args:
             x_t: normalised latents on the path, (B, latent_channels, H, W).
-            t: times in [0, 1], float32 or float64 (B,); samples of different intervals may be mixed.
+            t: times in [0, 1], float32 or float64 (B,), of different intervals if need be; or one number for all.
             context: the backbone's, of B prompts.
+            cache: of a sampling path: what steps have in common is computed once. Needs one t for all samples.
 
         Returns:
             A tensor like ``x_t``.
         """
+        if not isinstance(t, torch.Tensor):
+            return self.expert(cast(int, self.group_of(t)), x_t, t, context, cache)
         groups = self.intervals.group_of(t)
         present = self._groups_to_run(groups)
         if len(present) == 1:
@@ -226,30 +236,64 @@ class LatteFlowTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         v = self.expert(group, x_t[:1], t, context.select(first).trim())
         return v.masked_fill(torch.ones_like(v, dtype=torch.bool), 0.0).sum()
 
-    def expert(self, group: int, x_t: torch.Tensor, t: torch.Tensor, context: Context) -> torch.Tensor:
+    def expert(
+        self,
+        group: int,
+        x_t: torch.Tensor,
+        t: torch.Tensor | float,
+        context: Context,
+        cache: SamplingCache | None = None,
+    ) -> torch.Tensor:
         """Run one group of layers on samples that all belong to its interval; shapes as in ``forward``."""
-        height, width = x_t.shape[-2:]
-        io = cast(LatentIO, self.io[group if len(self.io) > 1 else 0])
+        self.enter_group(group)
+        rows, columns = (side // self.config.patch_size for side in x_t.shape[-2:])
+        if cache is None or isinstance(t, torch.Tensor):
+            around, moment = self.surroundings(group, context, rows, columns), self._moment(group, x_t, t)
+        else:
+            around, moment = cache.surroundings(self, group, context, rows, columns), cache.moment(self, group, t)
+        return self._through(group, x_t, context, around, moment)
 
-        time = io.time_embedding(t)
-        x = io.patch_embedding(x_t)
-        rows, columns = height // self.config.patch_size, width // self.config.patch_size
-        rotary, local_rotary = self._rotary(context.next_position, rows, columns)
-        mask = _visible(context.mask, x.shape[1])
+    def _through(
+        self, group: int, x_t: torch.Tensor, context: Context, around: Surroundings, moment: Moment
+    ) -> torch.Tensor:
+        """Go through a group as the paper's figure draws it: patches, layers, head."""
+        io = self.io_of(group)
+        x = io.patch_embedding(x_t, around.places)
 
         attention_map = None
-        for number in self.layers_of(group):
+        for number, time in zip(self.layers_of(group), moment.layers, strict=True):
             x, attention_map = self._run(
                 self.layers[number],
                 x,
                 time,
-                rotary=local_rotary if number in self.config.local_layers else rotary,
+                rotary=around.local_rotary if number in self.config.local_layers else around.rotary,
                 context=context.layer(number),
-                mask=mask,
+                mask=around.mask,
                 previous_map=attention_map,
             )
 
-        return unpatchify(io.velocity(x, time), self.config.patch_size, height, width)
+        return unpatchify(io.velocity(x, *moment.out), self.config.patch_size, *x_t.shape[-2:])
+
+    def enter_group(self, group: int) -> None:
+        """Do nothing: whoever holds the weights elsewhere (``models/residency.py``) puts their fetching here."""
+
+    def io_of(self, group: int) -> LatentIO:
+        """Return what stands around a group's layers."""
+        return cast(LatentIO, self.io[group if len(self.io) > 1 else 0])
+
+    def _moment(self, group: int, x_t: torch.Tensor, t: torch.Tensor | float) -> Moment:
+        """Return what each sample's t does; layers are left to make of the embedding what they will."""
+        io = self.io_of(group)
+        if not isinstance(t, torch.Tensor):
+            t = torch.full((len(x_t),), t, device=x_t.device)
+        time = io.time_embedding(t)
+        return Moment([time] * self.group_size, io.modulation_of(time))
+
+    def surroundings(self, group: int, context: Context, rows: int, columns: int) -> Surroundings:
+        """Return what is the same at every t, for a grid of tokens behind each prompt."""
+        rotary, local_rotary = self._rotary(context.next_position, rows, columns)
+        places = self.io_of(group).patch_embedding.places_of(rows, columns)
+        return Surroundings(rotary, local_rotary, _visible(context.mask, rows * columns), places)
 
     def _run(self, layer: nn.Module, *given: torch.Tensor, **named: Any) -> Any:
         """Call a layer; with gradient checkpointing, forget its activations until they are needed."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -10,6 +12,18 @@ from latteflow.nn.attention import Attention
 from latteflow.nn.feed_forward import Activation, FeedForward
 from latteflow.nn.norm import RMSNorm, modulate
 from latteflow.nn.residual_attention import ResidualAttention, ResidualGate
+
+
+class Modulation(NamedTuple):
+    """What t does to a layer; B is 1 where all samples are at one t."""
+
+    attention_scale: torch.Tensor
+    """(B, 1, hidden_size), as are the next three."""
+    mlp_shift: torch.Tensor
+    mlp_scale: torch.Tensor
+    mlp_out_scale: torch.Tensor
+    gate: torch.Tensor | None
+    """g(t) of residual attention, (B, heads, 1, 1); None in the first layer of a group."""
 
 
 class ReplicaLayer(nn.Module):
@@ -92,10 +106,15 @@ class ReplicaLayer(nn.Module):
             nn.init.zeros_(self.gate.project.weight)
             nn.init.zeros_(self.gate.project.bias)
 
+    def modulation_of(self, time: torch.Tensor) -> Modulation:
+        """Map the time embedding (B, time_size) to what it does to this layer."""
+        parts = self.modulation(functional.silu(time))[:, None].chunk(4, dim=-1)
+        return Modulation(*parts, gate=None if self.gate is None else self.gate(time))
+
     def forward(
         self,
         x: torch.Tensor,
-        time: torch.Tensor,
+        time: torch.Tensor | Modulation,
         *,
         rotary: tuple[torch.Tensor, torch.Tensor],
         context: tuple[torch.Tensor, torch.Tensor] | None,
@@ -106,13 +125,13 @@ class ReplicaLayer(nn.Module):
 
         Args:
             x: the latents' stream, (B, N, hidden_size).
-            time: the time embedding, (B, time_size).
+            time: the time embedding, (B, time_size), or what ``modulation_of`` made of it before.
             rotary: cosine and sine (B, N, head_dim).
             context: the backbone layer's keys and values, each (B, key/value heads, T, head_dim).
             mask: bool, broadcastable to (B, heads, N, T + N), true where a key may be seen.
             previous_map: the map of the layer before in this group, (B, heads, N, N).
         """
-        attention_scale, mlp_shift, mlp_scale, mlp_out_scale = self.modulation(functional.silu(time)).chunk(4, dim=-1)
+        at = time if isinstance(time, Modulation) else self.modulation_of(time)
 
         h = self.input_layernorm(x)
         h, attention_map = self.self_attn(
@@ -120,11 +139,11 @@ class ReplicaLayer(nn.Module):
             rotary=rotary,
             context=context,
             mask=mask,
-            gate=None if self.gate is None else self.gate(time),
+            gate=at.gate,
             previous_map=previous_map,
         )
-        x = x + attention_scale[:, None] * self.attention_out_norm(h)
+        x = x + at.attention_scale * self.attention_out_norm(h)
 
-        h = modulate(self.post_attention_layernorm(x), mlp_shift, mlp_scale)
-        x = x + mlp_out_scale[:, None] * self.mlp_out_norm(self.mlp(h))
+        h = modulate(self.post_attention_layernorm(x), at.mlp_shift, at.mlp_scale)
+        x = x + at.mlp_out_scale * self.mlp_out_norm(self.mlp(h))
         return x, attention_map

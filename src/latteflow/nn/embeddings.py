@@ -45,11 +45,20 @@ class PatchEmbedding(nn.Module):
         self.patch = nn.Linear(channels * patch_size**2, hidden_size)
         self.place = nn.Linear(hidden_size, hidden_size, bias=False)
 
-    def forward(self, latents: torch.Tensor) -> torch.Tensor:
-        """Map latents (B, C, H, W) to tokens (B, N, hidden_size), raster order."""
-        patches = patchify(latents, self.patch_size)
-        height, width = (side // self.patch_size for side in latents.shape[-2:])
-        return self.patch(patches) + self.place(self._places(height, width, latents.device))
+    def forward(self, latents: torch.Tensor, places: torch.Tensor | None = None) -> torch.Tensor:
+        """Map latents (B, C, H, W) to tokens (B, N, hidden_size), raster order.
+
+        Args:
+            latents: of which H and W are multiples of the patch size.
+            places: what ``places_of`` returned for this grid before.
+        """
+        if places is None:
+            places = self.places_of(*(side // self.patch_size for side in latents.shape[-2:]))
+        return self.patch(patchify(latents, self.patch_size)) + places
+
+    def places_of(self, height: int, width: int) -> torch.Tensor:
+        """Return what is added for the places of a grid of tokens, (height * width, hidden_size)."""
+        return self.place(self._places(height, width, self.place.weight.device))
 
     def _places(self, height: int, width: int, device: torch.device) -> torch.Tensor:
         size = self.place.in_features // 2

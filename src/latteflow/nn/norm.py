@@ -29,5 +29,5 @@ class RMSNorm(nn.Module):
 
 
 def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Return x · (1 + scale) + shift, for x (B, N, D) and shift, scale (B, D)."""
-    return x * (1 + scale[:, None]) + shift[:, None]
+    """Return x · (1 + scale) + shift, for x (B, N, D) and shift, scale that go with it, such as (B, 1, D)."""
+    return x * (1 + scale) + shift

@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from einops import rearrange
 from torch import nn
 from torch.nn import functional
 
@@ -74,16 +75,14 @@ def _attend_with_probs(
     gate: torch.Tensor | None,
     previous_map: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    key, value = _one_per_query_head(key, query), _one_per_query_head(value, query)
     scores = _scores(query, key)
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
     probs = scores.softmax(dim=-1)
-    context_map, image_map = probs[..., :-image_tokens], probs[..., -image_tokens:]
     if gate is not None and previous_map is not None:
-        image_map = image_map + gate * previous_map
-    out = torch.cat([context_map, image_map], dim=-1).to(value.dtype) @ value
-    return out, image_map
+        image_map = probs[..., -image_tokens:] + gate * previous_map
+        probs = torch.cat([probs[..., :-image_tokens], image_map], dim=-1)
+    return _per_key_head(probs.to(value.dtype), value), probs[..., -image_tokens:]
 
 
 def _attend_with_logits(
@@ -95,7 +94,7 @@ def _attend_with_logits(
     gate: torch.Tensor | None,
     previous_map: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    image_map = _scores(query, _one_per_query_head(key[:, :, -image_tokens:], query))
+    image_map = _scores(query, key[:, :, -image_tokens:])
     bias = torch.zeros(*image_map.shape[:-1], key.shape[2], dtype=query.dtype, device=query.device)
     if gate is not None and previous_map is not None:
         carried = gate * previous_map
@@ -109,9 +108,14 @@ def _attend_with_logits(
 
 def _scores(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     """Scaled scores in float32: softmax in half precision loses the tail that the gate adds to."""
-    return (query @ key.transpose(-1, -2)).float() * query.shape[-1] ** -0.5
+    return _per_key_head(query, key.transpose(-1, -2)).float() * query.shape[-1] ** -0.5
 
 
-def _one_per_query_head(x: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-    """Repeat key/value heads so that every query head has its own (grouped-query attention, written out)."""
-    return x.repeat_interleave(query.shape[1] // x.shape[1], dim=1)
+def _per_key_head(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Multiply x (B, heads, N, I) by y (B, key/value heads, I, J), one of ``y`` for several heads of ``x`` in a row.
+
+    The heads that share a key head are stacked: one product a key head, and no copy of a key for every query head.
+    """
+    rows = x.shape[2]
+    product = rearrange(x, "b (g r) n i -> b g (r n) i", g=y.shape[1]) @ y
+    return rearrange(product, "b g (r n) j -> b (g r) n j", n=rows)

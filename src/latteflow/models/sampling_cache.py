@@ -1,0 +1,90 @@
+"""What a run over known times needs beside the latents, each thing computed once.
+
+Along a sampling path the prompt, the picture's size and the times are known from the start, and every sample of a step
+is at the same t. So rotary angles, masks and places are made once a context, and what t does to a group's layers once
+for all of the group's steps, in one product a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from latteflow.models.context import Context
+from latteflow.nn.block import Modulation
+
+if TYPE_CHECKING:
+    from latteflow.models.transformer import LatteFlowTransformer
+
+Rotary = tuple[torch.Tensor, torch.Tensor]
+"""Cosine and sine, each (B, N, head_dim)."""
+
+
+class Surroundings(NamedTuple):
+    """What stands around the latents of a call, whatever t is."""
+
+    rotary: Rotary
+    local_rotary: Rotary
+    """Of layers with a rotary base of their own."""
+    mask: torch.Tensor | None
+    """Which keys latents see, bool (B, 1, 1, T + N); None where they see all."""
+    places: torch.Tensor
+    """What the patch embedding adds for the place in the grid, (N, hidden_size)."""
+
+
+class Moment(NamedTuple):
+    """What t does to a group."""
+
+    layers: Sequence[torch.Tensor | Modulation]
+    """For each of the group's layers the time embedding (B, time_size), or what the layer makes of it."""
+    out: tuple[torch.Tensor, torch.Tensor]
+    """Shift and scale in front of the head, each (B, 1, hidden_size)."""
+
+
+class SamplingCache:
+    """Kept by whoever calls the transformer, from a path's first step to its last, and handed to each call.
+
+    Args:
+        times: of the steps to come. Others are computed when they are met.
+    """
+
+    def __init__(self, times: Sequence[float]) -> None:
+        self._times = sorted(set(times))
+        self._moments: dict[float, Moment] = {}
+        self._surroundings: dict[tuple[int, ...], tuple[Context, Surroundings]] = {}
+
+    def surroundings(
+        self, transformer: LatteFlowTransformer, group: int, context: Context, rows: int, columns: int
+    ) -> Surroundings:
+        """Return what ``transformer.surroundings`` does; the same context is not looked at twice."""
+        key = (id(context), group if len(transformer.io) > 1 else 0, rows, columns)
+        if key not in self._surroundings:
+            # The context is kept, so that no other can get its id.
+            self._surroundings[key] = (context, transformer.surroundings(group, context, rows, columns))
+        return self._surroundings[key][1]
+
+    def moment(self, transformer: LatteFlowTransformer, group: int, t: float) -> Moment:
+        """Return what t does to its group, in the transformer's dtype; B is 1."""
+        if t not in self._moments:
+            times = [time for time in self._times if transformer.group_of(time) == group] if t in self._times else [t]
+            self._moments.update(zip(times, self._all_at_once(transformer, group, times), strict=True))
+        return self._moments[t]
+
+    @staticmethod
+    def _all_at_once(transformer: LatteFlowTransformer, group: int, times: Sequence[float]) -> list[Moment]:
+        io = transformer.io_of(group)
+        # A product of one row goes another way in CPU libraries, where the weights' place in memory decides the bits.
+        rows = list(times) * (2 if len(times) == 1 else 1)
+        time = io.time_embedding(torch.tensor(rows, dtype=torch.float32, device=transformer.device))
+        layers = [transformer.layers[number].modulation_of(time) for number in transformer.layers_of(group)]
+        shift, scale = io.modulation_of(time)
+        return [
+            Moment([_row(layer, i) for layer in layers], (shift[i : i + 1], scale[i : i + 1]))
+            for i in range(len(times))
+        ]
+
+
+def _row(modulation: Modulation, i: int) -> Modulation:
+    return Modulation(*(None if part is None else part[i : i + 1] for part in modulation))
