@@ -12,7 +12,6 @@ from latteflow.data.quarantine import Quarantined
 from latteflow.errors import UserError
 from latteflow.train.autoencoder import AutoencoderStage
 from latteflow.train.backbone import BackboneStage
-from latteflow.train.encode_parts import load_encoder
 from latteflow.train.feeds import Feed, MemoryFeed
 from latteflow.train.generator import GeneratorStage
 from latteflow.train.recipe import AutoencoderRecipe, BackboneRecipe, DataSection, GeneratorRecipe
@@ -46,9 +45,7 @@ def _feed_of(recipe: GeneratorRecipe) -> tuple[Feed, int]:
         images, heldout = (load_split(data, split) for split in ("train", "heldout"))
         return MemoryFeed(images, heldout, settings.captions_per_image, recipe.train.seed), images.pixels.shape[-1]
     if data.kind == "latents":
-        _, identity = load_encoder(settings.autoencoder)
-        expected = {f"autoencoder.{field}": identity[field] for field in ("sha256", "latent_scale")}
-        shards = LatentShards(data.path, {**expected, "size": data.size})
+        shards = LatentShards(data.path, {"size": data.size})
         return LatentFeed(shards, data.validation), shards.manifest["size"]
     if data.size is None:
         raise UserError("data.size is missing: how many pixels a side, such as 256")

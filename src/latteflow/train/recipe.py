@@ -67,7 +67,7 @@ class DataSection(Section):
     quarantine_limit: Probability = 0.01
     """The share of samples that may be unreadable."""
     validation: NonNegativeInt = 512
-    """How many samples, the last ones, are kept for validation; of a captioned set, its own held-out ones are."""
+    """How many samples, of all over the source, are kept for validation; of a captioned set, its held-out ones are."""
     leave_out_groups: tuple[str, ...] = ()
     leave_out_subgroups: tuple[str, ...] = ()
     styles: tuple[str, ...] = ()
@@ -180,6 +180,12 @@ class EncodeSection(Section):
     backend: Literal["local", "ray"] = "local"
     workers: NonNegativeInt = 0
     """Ray actors, each with an autoencoder of its own; 0 for one a device."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """``auto``: a GPU where there is one."""
+    readers: PositiveInt = 4
+    """Threads a worker that read pictures ahead."""
+    cpu_threads: PositiveInt = 1
+    """Threads a worker that compute, without a GPU."""
 
 
 class GeneratorSection(Section):
