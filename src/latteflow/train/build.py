@@ -50,7 +50,7 @@ def build_stage(recipe: AnyRecipe) -> Stage:
         return BackboneStage(recipe.backbone, images, heldout)
     if isinstance(recipe, ClassifierRecipe):
         return ClassifierStage(recipe.classifier, images, heldout)
-    return VisionStage(recipe.vision, images, heldout, load_unlabelled(recipe.data))
+    return VisionStage(recipe.vision, images, heldout, load_others(recipe.data))
 
 
 def _feed_of(recipe: GeneratorRecipe) -> tuple[Feed, int]:
@@ -87,9 +87,7 @@ def load_split(data: DataSection, split: str) -> CaptionedImages:
     return images
 
 
-def load_unlabelled(data: DataSection) -> torch.Tensor:
-    """Read every training picture of the set, whatever the recipe's filters: uint8 (number, 3, height, width)."""
+def load_others(data: DataSection) -> CaptionedImages:
+    """Read every training picture of the set, whatever the recipe's filters."""
     images = load_captioned_images(data.path, "train")
-    if data.extra:
-        images = images.joined(load_captioned_images(data.path, "extra"))
-    return images.pixels
+    return images.joined(load_captioned_images(data.path, "extra")) if data.extra else images

@@ -163,9 +163,10 @@ class VisionSection(Section):
     vision_width: PositiveInt = 192
     vision_heads: PositiveInt = 4
     patch_size: PositiveInt = 8
-    unlabelled_share: Probability = 0.3
-    """Share of pictures that come from the whole training set, with what the selection leaves out, unlabelled."""
-    mild_share: Probability = 0.4
+    others_share: Probability = 0.4
+    """Share of pictures that come from the whole training set, with what the selection leaves out; the teacher and
+    their styles say what they are."""
+    mild_share: Probability = 0.5
     """Share of pictures that are only moved, by whole pixels; the others are distorted."""
     blend_share: Probability = 0.6
     """Share of the distorted pictures that another one is laid over."""
