@@ -17,6 +17,7 @@ from latteflow.models.autoencoder import small_autoencoder
 from latteflow.models.backbones.small_qwen2_vl import small_backbone, small_processor, train_tokenizer
 from latteflow.models.transformer import LatteFlowTransformer
 from latteflow.pipeline import LatteFlowPipeline
+from latteflow.train.samples import Samples
 
 SIZE = 32
 PATCH = 8
@@ -232,3 +233,8 @@ def save_parts(folder: Path) -> Path:
     toy_backbone(tokenizer).save_pretrained(folder / "backbone")
     toy_processor(tokenizer).save_pretrained(folder / "backbone")
     return folder
+
+
+def samples_of(index, seed=0):
+    """A whole batch of given samples."""
+    return Samples(index, torch.arange(len(index)), len(index), len(index), seed, 0)

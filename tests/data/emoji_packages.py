@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from latteflow.data.emoji import sources
+from latteflow.data.emoji import sources, stages
 
 TONES = {"1F3FB": "light", "1F3FC": "medium-light", "1F3FD": "medium", "1F3FE": "medium-dark", "1F3FF": "dark"}
 NAMED = {
@@ -46,6 +46,11 @@ def picture(number: int, size: int = 64, tone: int = 0) -> Image.Image:
 
 def svg(number: int, tone: int = 0) -> bytes:
     """The same kind of picture as SVG."""
+    return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 8 8">{body(number, tone)}</svg>'.encode()
+
+
+def body(number: int, tone: int = 0) -> str:
+    """What is inside the picture's SVG."""
     boxes = []
     small = picture(number, 8, tone)
     for x in range(8):
@@ -54,7 +59,7 @@ def svg(number: int, tone: int = 0) -> bytes:
             assert isinstance(pixel, tuple)
             if pixel[3]:
                 boxes.append(f'<rect x="{x}" y="{y}" width="1" height="1" fill="rgb{pixel[:3]}"/>')
-    return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 8 8">{"".join(boxes)}</svg>'.encode()
+    return "".join(boxes)
 
 
 def encoded(image: Image.Image, kind: str) -> bytes:
@@ -100,6 +105,19 @@ def openmoji() -> list[dict[str, Any]]:
     return [*entries, {"hexcode": "E045", "group": "extras-openmoji", "annotation": "a brand", "tags": ""}]
 
 
+def icons(number: int) -> bytes:
+    """An Iconify set: plain names, one without hyphens, an alias, a turned alias, a toned and a foreign icon."""
+    drawn = {name.replace(" ", "-"): {"body": body(number + index)} for index, name in enumerate(NAMED.values())}
+    drawn["wavinghand"] = {"body": body(number + 50), "width": 8}
+    drawn["waving-hand-dark-skin-tone"] = {"body": body(number + 51, 1)}
+    drawn["no-such-icon"] = {"body": body(number + 52)}
+    aliases = {
+        "person-mountain-biking": {"parent": "no-such-icon"},
+        "the-elf": {"parent": "elf", "hFlip": True},
+    }
+    return json.dumps({"icons": drawn, "aliases": aliases, "width": 8, "height": 8}).encode()
+
+
 def contents() -> dict[str, dict[str, bytes]]:
     """The files of every package, by package name and path."""
     data = [
@@ -115,6 +133,7 @@ def contents() -> dict[str, dict[str, bytes]]:
             "en/data.json": json.dumps(emojibase()).encode(),
             "en/messages.json": json.dumps(GROUPS).encode(),
         },
+        **{style.source.package: {"icons.json": icons(6000 + 100 * n)} for n, style in enumerate(stages.EXTRA_STYLES)},
     }
     for code, name, tone_name, number in codes():
         tone = list(TONES.values()).index(tone_name) + 1 if tone_name else 0
@@ -144,7 +163,7 @@ def pack(source: sources.Source, folder: Path, files: dict[str, bytes] | None = 
 
 
 def pack_all(folder: Path) -> Path:
-    """Write all six fake archives; returns ``folder``."""
+    """Write all fake archives; returns ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     for source in sources.SOURCES:
         pack(source, folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import subprocess
 import sys
 from collections import defaultdict
@@ -53,7 +54,7 @@ def built(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
     out = tmp_path_factory.mktemp("built") / "emoji"
     report = build_emoji(out, cache)
     assert report.built
-    assert report.images == {part: len(read(out, part)) for part in ("train", "heldout")}
+    assert report.images == {part: len(read(out, part)) for part in ("train", "heldout", "extra")}
     return out
 
 
@@ -126,10 +127,40 @@ def test_twins_of_other_concepts_are_on_one_side(tmp_path: Path, monkeypatch: py
         assert of["1f34c", style] == of["1f34e", style] != of["1f347", style]
 
 
+def test_the_extra_styles_are_named_loosely_and_apart_from_the_split(built: Path) -> None:
+    rows = read(built, "extra")
+    assert {row["style"] for row in rows} == {style.name for style in stages.EXTRA_STYLES}
+    assert {row["twins"] for row in rows} == {-1}
+    assert {row["skin_tone"] for row in rows} == {"none"}
+    for style in stages.EXTRA_STYLES:
+        labels = sorted(row["label"] for row in rows if row["style"] == style.name)
+        assert labels == sorted([*fake.NAMED.values(), "waving hand", "person mountain biking"])
+
+
+def test_an_extra_twin_of_a_held_out_picture_is_left_out(built: Path, tmp_path: Path) -> None:
+    held = next(row for row in read(built, "heldout") if row["style"] in ("openmoji", "fluent flat"))
+    trained = next(row for row in read(built, "train") if row["label"] != held["label"] and row["style"] == "openmoji")
+    numbers = {name: number for _, name, tone, number in fake.codes() if not tone}
+    cache = fake.pack_all(tmp_path / "npm")
+    held_body = fake.body(numbers[held["label"]] + (4000 if held["style"] == "fluent flat" else 0))
+    icons = {"banana": {"body": held_body}, "grapes": {"body": fake.body(numbers[trained["label"]])}}
+    packed = {"icons.json": json.dumps({"icons": icons, "width": 8, "height": 8}).encode()}
+    fake.pack(sources.FXEMOJI, cache, packed)
+    build_emoji(tmp_path / "out", cache)
+    assert [row["label"] for row in read(tmp_path / "out", "extra") if row["style"] == "firefox os"] == ["grapes"]
+
+
+def test_a_set_of_icons_that_is_none_is_named(tmp_path: Path) -> None:
+    for content in (b"{}", b"[]", b"<svg>", b'{"icons": {"a": {}}}'):
+        path = fake.pack(sources.FXEMOJI, tmp_path, {"icons.json": content})
+        with pytest.raises(UserError, match="is no set of icons"):
+            list(sources.icons(path, "icons.json", ".svg"))
+
+
 def test_datasets_opens_the_folder(built: Path, tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     loaded = datasets.load_dataset(str(built), cache_dir=str(tmp_path))
-    assert sorted(loaded) == ["heldout", "train"]
+    assert sorted(loaded) == ["extra", "heldout", "train"]
     assert loaded["train"].column_names == COLUMNS
     row = loaded["heldout"][0]
     assert row["image"].size == (64, 64)
@@ -143,7 +174,7 @@ def test_the_card_says_where_things_come_from_and_what_was_left_out(built: Path)
         assert source.attribution in text
     assert "| openmoji | 1 | 0 | 0 |" in text
     assert "no-such-thing.svg" in text
-    for part in ("train", "heldout"):
+    for part in ("train", "heldout", "extra"):
         assert f"path: {part}-*.parquet" in text
 
 
@@ -190,6 +221,7 @@ def test_an_interrupted_build_is_taken_up(
         "rendering fluent 3d",
         "rendering fluent flat",
         "rendering fluent modern",
+        *(f"rendering {style.name}" for style in stages.EXTRA_STYLES),
     }
     assert digests(tmp_path) == digests(built)
 
@@ -298,7 +330,7 @@ def test_packages_are_packed_once_and_only_whole_files_are_kept(
         one.file_name for one in sources.SOURCES
     )
     build_emoji(tmp_path / "other", tmp_path / "npm")
-    assert len(calls) == 6
+    assert len(calls) == len(sources.SOURCES)
 
 
 def test_a_failing_npm_leaves_nothing_and_says_its_last_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

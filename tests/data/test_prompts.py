@@ -74,3 +74,9 @@ def test_yes_and_no_are_about_even():
 
 def test_exact_shares_are_exact_but_for_case():
     assert prompts.exact_share(["Noto", "banana", "a pizza"], ["noto", "Banana", "pizza"]) == pytest.approx(2 / 3)
+
+
+def test_no_answer_names_a_style_that_is_not_seen():
+    turns = [t for i in range(200) for t in prompts.draw_turns(APPLE, 5, LABELS, generator_of(3, i), styled=False)]
+    assert len(turns) == 600
+    assert not any("noto" in turn.answer for turn in turns)

@@ -6,11 +6,25 @@ import pytest
 import yaml
 
 from latteflow.errors import UserError
-from latteflow.train.recipe import AutoencoderRecipe, BackboneRecipe, GeneratorRecipe, load_recipe, resolved
+from latteflow.train.recipe import (
+    AutoencoderRecipe,
+    BackboneRecipe,
+    ClassifierRecipe,
+    GeneratorRecipe,
+    VisionRecipe,
+    load_recipe,
+    resolved,
+)
 from toys import toy_recipe
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").rglob("*.yaml"))
-KINDS = {"autoencoder": AutoencoderRecipe, "backbone": BackboneRecipe, "generator": GeneratorRecipe}
+KINDS = {
+    "autoencoder": AutoencoderRecipe,
+    "classifier": ClassifierRecipe,
+    "vision": VisionRecipe,
+    "backbone": BackboneRecipe,
+    "generator": GeneratorRecipe,
+}
 
 
 @pytest.fixture
@@ -30,7 +44,7 @@ def test_every_recipe_loads_in_full_and_for_a_short_run(path):
     assert full.train.checkpoint_every <= full.train.steps
 
 
-def test_the_three_stages_have_a_recipe():
+def test_every_stage_has_a_recipe():
     assert {load_recipe(path).stage for path in RECIPES} == set(KINDS)
 
 

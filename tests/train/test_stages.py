@@ -25,8 +25,7 @@ from latteflow.train.feeds import MemoryFeed
 from latteflow.train.generator import GeneratorStage
 from latteflow.train.loop import train
 from latteflow.train.recipe import AutoencoderSection, BackboneSection, GeneratorSection, Recipe
-from latteflow.train.samples import Samples
-from toys import seeded, shake, toy_recipe
+from toys import samples_of, seeded, shake, toy_recipe
 
 STAGES = ["autoencoder", "backbone", "generator"]
 
@@ -139,6 +138,7 @@ def test_the_backbone_learns_a_batch_by_heart_and_is_exported(tmp_path, toy_set)
     final = train(recipe, stage, watch=seen.append)
     assert seen[-1].figures["loss/words"] < 0.1
     assert seen[-1].figures["validation/concept"] == 1.0
+    assert seen[-1].figures["validation/trained_concept"] == 1.0
     loaded = Qwen2VLForConditionalGeneration.from_pretrained(final)
     processor = LatteFlowProcessor.from_pretrained(final)
     answers = greedy_answers(loaded, processor, images.pictures(range(6)), prompts.WHAT, max_new_tokens=16)
@@ -171,11 +171,6 @@ def test_the_generator_learns_a_batch_and_draws(tmp_path, toy_set, parts):
     ema = load_file(checkpoint_folders(tmp_path)[-1] / "ema.safetensors")
     assert all(torch.equal(tensor, ema[name]) for name, tensor in pipe.transformer.state_dict().items())
     assert {file.name for file in final.iterdir()} > {"model_index.json", "transformer", "vae", "backbone"}
-
-
-def samples_of(index, seed):
-    """A whole batch of given samples."""
-    return Samples(index, torch.arange(len(index)), len(index), len(index), seed, 0)
 
 
 def fixed_loss(stage):

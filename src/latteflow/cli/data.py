@@ -11,7 +11,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from latteflow.errors import UserError
 
-DATASETS = {"emoji": "captioned emoji in six styles, 64x64, from npm packages (about 190 MB of downloads)"}
+DATASETS = {
+    "emoji": "captioned emoji in six styles and four extra ones, 64x64, from npm packages (about 200 MB of downloads)"
+}
 """The data sets that can be built, and what they are."""
 
 

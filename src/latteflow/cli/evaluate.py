@@ -19,6 +19,10 @@ def evaluate(
     steps: Annotated[int, typer.Option(help="Calls of the network a picture.")] = 40,
     guidance: Annotated[float, typer.Option(help="Guidance scale of the drawings.")] = 4.0,
     seeds: Annotated[int, typer.Option(help="Sets of drawings.")] = 3,
+    judge: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the trained judge (default: runs/emoji-64/judge/final, if it exists)."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     device: DeviceOption = None,
 ) -> None:
@@ -32,6 +36,7 @@ def evaluate(
     from latteflow.models.embedded import resolve_model
 
     console = Console(stderr=True)
+    usual = Path("runs/emoji-64/judge/final")
     results = evaluate_embedded(
         pipe,
         Path(resolve_model(model)),
@@ -40,6 +45,7 @@ def evaluate(
         steps=steps,
         guidance_scale=guidance,
         seeds=range(seeds),
+        judge=judge or (usual if usual.is_dir() else None),
         watch=lambda message: console.print(message, highlight=False),
     )
     if as_json:
@@ -58,6 +64,15 @@ def evaluate(
         for name, value in results["drawn_then_asked"].items()
     }
     print(f"  {'drawn, then asked':<22} {', '.join(f'{name} {value}' for name, value in spread.items())}")
+    for name in ("judge", "features"):
+        if name in results:
+            print(f"  {name + ', real pictures':<22} {_figures(results[name]['real'])}")
+            print(f"  {name + ', drawings':<22} {_figures({k: v['mean'] for k, v in results[name]['drawn'].items()})}")
+            print(f"  {'  by real':<22} {_figures(results[name]['drawn_by_real'])}")
+
+
+def _figures(values: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in values.items())
 
 
 def _row(shares: dict[str, float]) -> str:

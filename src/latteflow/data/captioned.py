@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from latteflow.data import selection as selections
 from latteflow.errors import UserError
 
 _COLUMNS = ("concept", "label", "names", "tags", "group", "subgroup", "style", "skin_tone")
@@ -35,6 +36,8 @@ class Record:
     subgroup: str
     style: str
     skin_tone: str
+    extra: bool = False
+    """Whether the style is one of the set's extra ones, which are there to learn things from."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,10 @@ class CaptionedImages:
         """Return the pictures whose record satisfies ``keep``, in the same order."""
         index = [i for i, record in enumerate(self.records) if keep(record)]
         return CaptionedImages(self.pixels[index], tuple(self.records[i] for i in index))
+
+    def joined(self, other: CaptionedImages) -> CaptionedImages:
+        """Return these pictures and then ``other``'s."""
+        return CaptionedImages(torch.cat([self.pixels, other.pixels]), self.records + other.records)
 
     def spread(self, number: int) -> CaptionedImages:
         """Return ``number`` pictures spread evenly over the set (all, where it has fewer)."""
@@ -71,6 +78,7 @@ def load_captioned_images(
     folder: str | Path,
     split: str,
     *,
+    selection: str = "all",
     leave_out_groups: Sequence[str] = (),
     leave_out_subgroups: Sequence[str] = (),
     styles: Sequence[str] = (),
@@ -80,7 +88,8 @@ def load_captioned_images(
 
     Args:
         folder: where the ``<split>-*.parquet`` files lie.
-        split: ``train`` or ``heldout``.
+        split: ``train``, ``heldout`` or ``extra`` (further styles, to train on only).
+        selection: ``all``, or a named choice of concepts (``latteflow.data.selection``).
         leave_out_groups: groups to leave out, such as ``flags``.
         leave_out_subgroups: subgroups to leave out.
         styles: the styles to keep; empty keeps all.
@@ -100,10 +109,12 @@ def load_captioned_images(
         unknown = sorted(set(wanted) - known[key])
         if unknown and split == "train":
             raise UserError(f"no {key} {unknown[0]!r} in {folder}: it has {', '.join(sorted(known[key]))}")
+    out = selections.left_out(_read_metadata(Path(folder)), selection) if selection != "all" else {}
     rows = [
         row
         for row in rows
-        if row["group"] not in leave_out_groups
+        if selections.keeps(row, selection, out)
+        and row["group"] not in leave_out_groups
         and row["subgroup"] not in leave_out_subgroups
         and (not styles or row["style"] in styles)
         and (not skin_tones or row["skin_tone"] in skin_tones)
@@ -116,14 +127,21 @@ def load_captioned_images(
         raise UserError(_broken(folder, error)) from error
     return CaptionedImages(
         pixels=torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(),
-        records=tuple(
-            Record(**{**{key: row[key] for key in _COLUMNS}, "names": tuple(row["names"]), "tags": tuple(row["tags"])})
-            for row in rows
-        ),
+        records=tuple(_record(row, extra=split == "extra") for row in rows),
     )
 
 
-def _read_rows(folder: Path, split: str) -> list[dict[str, Any]]:
+def _record(row: dict[str, Any], *, extra: bool) -> Record:
+    words = {key: row[key] for key in _COLUMNS}
+    return Record(**{**words, "names": tuple(row["names"]), "tags": tuple(row["tags"])}, extra=extra)
+
+
+def _read_metadata(folder: Path) -> list[dict[str, Any]]:
+    columns = ("concept", "label", "group", "subgroup", "style", "skin_tone", "twins")
+    return [row for split in ("train", "heldout") for row in _read_rows(folder, split, columns)]
+
+
+def _read_rows(folder: Path, split: str, columns: Sequence[str] = ("image", *_COLUMNS)) -> list[dict[str, Any]]:
     # An extra: only training and evaluation on a data set need it.
     from pyarrow import ArrowException, parquet
 
@@ -131,7 +149,7 @@ def _read_rows(folder: Path, split: str) -> list[dict[str, Any]]:
     if not files:
         raise UserError(f"no data set in {folder} (no {split}-*.parquet): build one with `latteflow data emoji`")
     try:
-        return [row for file in files for row in parquet.read_table(file, columns=["image", *_COLUMNS]).to_pylist()]
+        return [row for file in files for row in parquet.read_table(file, columns=list(columns)).to_pylist()]
     except (ArrowException, OSError) as error:
         raise UserError(_broken(folder, error)) from error
 

@@ -60,26 +60,29 @@ def draw_caption(record: Record, generator: torch.Generator) -> str:
     return caption
 
 
-def draw_turns(record: Record, number: int, labels: Sequence[str], generator: torch.Generator) -> list[Turn]:
+def draw_turns(
+    record: Record, number: int, labels: Sequence[str], generator: torch.Generator, *, styled: bool = True
+) -> list[Turn]:
     """Return ``number`` different questions about a picture, the one for its name always among them.
 
     Args:
         record: the picture.
-        number: how many, 1 to 5.
+        number: how many, 1 to 5; there are 3 where no answer may name the style.
         labels: names of other pictures, for yes/no questions that deserve a no.
         generator: where every draw comes from.
+        styled: whether answers may name the style, as they cannot where the picture does not show it.
     """
     asked_label = record.label if _chance(0.5, generator) else _pick(labels, generator)
     turns = [
         Turn(_pick(_WHAT, generator), record.label),
-        Turn(_pick(_STYLE, generator), record.style),
         Turn(_pick(_CATEGORY, generator), record.group),
         Turn(f"Is this {with_article(asked_label)}?", "yes" if asked_label == record.label else "no"),
+        Turn(_pick(_STYLE, generator), record.style),
         Turn(_pick(_DESCRIBE, generator), canonical_caption(record)),
     ]
-    others = 1 + torch.randperm(4, generator=generator)[: number - 1]
+    others = 1 + torch.randperm(4 if styled else 2, generator=generator)[: number - 1]
     chosen = [turns[i] for i in [0, *others.tolist()]]
-    return [chosen[i] for i in torch.randperm(number, generator=generator).tolist()]
+    return [chosen[i] for i in torch.randperm(len(chosen), generator=generator).tolist()]
 
 
 def with_article(name: str) -> str:

@@ -1,7 +1,7 @@
 """What the embedded model can do, on held-out (concept, style) pairs that no stage has seen.
 
-[D] Until a separate judge exists, drawings are judged by the model's own understanding: "drawn, then asked". Its
-answers about real pictures of the same pairs stand beside, as the ceiling.
+Drawings are judged three ways, each beside real pictures of the same pairs: by the model itself ("drawn, then asked"),
+by a judge of another architecture that was trained apart, and by the distance of their features from real pictures'.
 """
 
 from __future__ import annotations
@@ -12,15 +12,26 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
 from latteflow.data import prompts
 from latteflow.data.captioned import CaptionedImages, load_captioned_images
 from latteflow.errors import UserError
+from latteflow.evaluate.fidelity import Fidelity
 from latteflow.models.answers import greedy_answers
 from latteflow.pipeline import LatteFlowPipeline
 from latteflow.train.autoencoder import mean_psnr
+from latteflow.train.classifier import (
+    PictureClassifier,
+    among_styles,
+    class_numbers,
+    classified,
+    convolutional_features,
+    hit_shares,
+    load_classifier,
+)
 
 _AT_ONCE = 64
 
@@ -34,6 +45,7 @@ def evaluate_embedded(
     steps: int = 40,
     guidance_scale: float = 4.0,
     seeds: Sequence[int] = (0, 1, 2),
+    judge: Path | None = None,
     watch: Callable[[str], None] = lambda message: None,
 ) -> dict[str, Any]:
     """Measure reconstruction, understanding, and what drawings are taken for.
@@ -46,25 +58,15 @@ def evaluate_embedded(
         steps: network calls a drawing.
         guidance_scale: of the drawings.
         seeds: one set of drawings each; figures are given as mean, lowest and highest over them.
+        judge: folder of the trained judge; left out, neither it nor features are asked.
         watch: told what is being measured.
 
     Raises:
-        UserError: no recipe, or no data set.
+        UserError: no recipe, no data set, or no judge where one is named.
     """
     heldout = load_captioned_images(data, "heldout", **_filters(model_folder))
     watch(f"{len(heldout)} held-out pictures")
-    results: dict[str, Any] = {
-        "conditions": {
-            "device": str(pipe.device),
-            "dtype": str(pipe.transformer.dtype).removeprefix("torch."),
-            "heldout_pictures": len(heldout),
-            "drawings": min(drawings, len(heldout)),
-            "steps": steps,
-            "guidance_scale": guidance_scale,
-            "seeds": list(seeds),
-            "scheduler": type(pipe.scheduler).__name__,
-        }
-    }
+    results: dict[str, Any] = {"conditions": _conditions(pipe, heldout, drawings, steps, guidance_scale, seeds)}
     watch("autoencoder")
     results["autoencoder_psnr_db"] = mean_psnr(pipe.vae, heldout, pipe.device)
     watch("understanding of real pictures")
@@ -74,12 +76,83 @@ def evaluate_embedded(
     }
     part = heldout.spread(drawings)
     results["understanding_of_the_same_pairs"] = _shares(pipe, part, part.pictures(range(len(part))))
-    runs = []
+    outside = [] if judge is None else _outside_measures(judge, data, _filters(model_folder), part, watch)
+    runs: list[dict[str, dict[str, float]]] = []
     for seed in seeds:
         watch(f"drawings of seed {seed}")
-        runs.append(_shares(pipe, part, _draw(pipe, part, steps, guidance_scale, seed)))
-    results["drawn_then_asked"] = {name: _spread([run[name] for run in runs]) for name in runs[0]}
+        drawn = _draw(pipe, part, steps, guidance_scale, seed)
+        pixels = _pixels(drawn)
+        runs.append({"asked": _shares(pipe, part, drawn), **{name: measure(pixels) for name, measure in outside}})
+    results["drawn_then_asked"] = _spreads([run["asked"] for run in runs])
+    for name, measure in outside:
+        results[name] = _beside_real(measure(part.pixels), [run[name] for run in runs])
     return results
+
+
+def _conditions(
+    pipe: LatteFlowPipeline,
+    heldout: CaptionedImages,
+    drawings: int,
+    steps: int,
+    guidance_scale: float,
+    seeds: Sequence[int],
+) -> dict[str, Any]:
+    return {
+        "device": str(pipe.device),
+        "dtype": str(pipe.transformer.dtype).removeprefix("torch."),
+        "heldout_pictures": len(heldout),
+        "drawings": min(drawings, len(heldout)),
+        "steps": steps,
+        "guidance_scale": guidance_scale,
+        "seeds": list(seeds),
+        "scheduler": type(pipe.scheduler).__name__,
+    }
+
+
+def _beside_real(real: dict[str, float], runs: Sequence[dict[str, float]]) -> dict[str, Any]:
+    """Return figures of real pictures and of drawings, and the mean of the latter as a multiple of the former."""
+    drawn = _spreads(runs)
+    by_real = {key: value["mean"] / real[key] if real[key] > 0 else float("nan") for key, value in drawn.items()}
+    return {"real": real, "drawn": drawn, "drawn_by_real": by_real}
+
+
+def _outside_measures(
+    judge: Path, data: Path, filters: dict[str, Any], part: CaptionedImages, watch: Callable[[str], None]
+) -> list[tuple[str, Callable[[torch.Tensor], dict[str, float]]]]:
+    """Return the judge's shares and the features' distances, as functions of pictures of ``part``'s captions."""
+    classifier = load_classifier(judge, what="judge")
+    watch("features of real training pictures")
+    real = load_captioned_images(data, "train", **filters)
+    fidelity = Fidelity(convolutional_features(pretrained=True), real.pixels, len(part))
+    return [("judge", lambda pixels: judged_shares(classifier, part, pixels)), ("features", fidelity.of)]
+
+
+def judged_shares(judge: PictureClassifier, images: CaptionedImages, pixels: torch.Tensor) -> dict[str, float]:
+    """Return how often the judge takes pictures for what they should show, and for how many it knows the answer.
+
+    Args:
+        judge: the trained judge.
+        images: what the pictures should show.
+        pixels: the pictures, uint8 (number, 3, height, width), one for each of ``images``.
+    """
+    known = [
+        index
+        for index, record in enumerate(images.records)
+        if all(getattr(record, key) in values for key, values in judge.classes.items())
+    ]
+    if not known:
+        raise UserError("the judge knows none of these concepts: it was trained on other pictures than the model")
+    wanted = class_numbers([images.records[index] for index in known], judge.classes)
+    scores = among_styles(classified(judge, pixels[known]), judge.classes, {record.style for record in images.records})
+    return {**hit_shares(scores, wanted), "judged": len(known)}
+
+
+def _pixels(pictures: Sequence[Image.Image]) -> torch.Tensor:
+    return torch.from_numpy(np.stack([np.asarray(picture.convert("RGB")) for picture in pictures])).permute(0, 3, 1, 2)
+
+
+def _spreads(runs: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:
+    return {name: _spread([run[name] for run in runs]) for name in runs[0]}
 
 
 def _spread(figures: Sequence[float]) -> dict[str, float]:
@@ -92,7 +165,8 @@ def _filters(model_folder: Path) -> dict[str, Any]:
     if not file.is_file():
         raise UserError(f"{model_folder} holds no recipe.json: only models that `latteflow train` wrote are evaluated")
     data = json.loads(file.read_text())["data"]
-    return {key: data[key] for key in ("leave_out_groups", "leave_out_subgroups", "styles", "skin_tones")}
+    filters = {key: data[key] for key in ("leave_out_groups", "leave_out_subgroups", "styles", "skin_tones")}
+    return {**filters, "selection": data.get("selection", "all")}  # recipes of 0.1 know no selections
 
 
 def _questions(images: CaptionedImages) -> list[tuple[str, str, list[str]]]:

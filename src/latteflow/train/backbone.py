@@ -19,9 +19,21 @@ from latteflow.data.transforms import augment, patches_of
 from latteflow.models.answers import greedy_answers
 from latteflow.models.backbones.small_qwen2_vl import small_backbone, small_processor, train_tokenizer
 from latteflow.models.processor import IMAGE_TOKEN, PICTURE
+from latteflow.train.classifier import classes_of, load_classifier
 from latteflow.train.recipe import BackboneSection
 from latteflow.train.samples import Samples
 from latteflow.train.stage import Stage
+from latteflow.train.vision import (
+    Readers,
+    SupervisedVision,
+    answerable,
+    label_losses,
+    load_vision,
+    picture_tokens,
+    teaching_loss,
+    told_apart,
+    unlike_any,
+)
 
 _IGNORED = -100  # transformers' label of positions that carry no loss
 
@@ -35,22 +47,24 @@ class Conversation:
 
 
 class SupervisedBackbone(nn.Module):
-    """The backbone and, for training alone, linear heads that read a picture's class from its mean token.
+    """The backbone and, for training alone, what reads classes from its pictures' tokens.
 
     [D] Words alone teach a vision tower slowly: after 64,000 conversations one that starts from nothing told a mango
-    from a chick by colour only (docs/LOG.md). The heads teach it directly, and a picture that is only classified costs
-    a third of one that is talked about. They are left behind when the backbone is exported.
+    from a chick by colour only (docs/LOG.md). The readers teach it directly, and a picture that is only classified
+    costs a third of one that is talked about. They are left behind when the backbone is exported.
 
     Args:
         backbone: a Qwen2-VL.
         classes: how many classes each head tells apart, by name.
+        taught: whether a teacher's features are read as well.
     """
 
-    def __init__(self, backbone: Qwen2VLForConditionalGeneration, classes: Mapping[str, int]) -> None:
+    def __init__(
+        self, backbone: Qwen2VLForConditionalGeneration, classes: Mapping[str, int], *, taught: bool = False
+    ) -> None:
         super().__init__()
         self.backbone = backbone
-        width = backbone.config.get_text_config().hidden_size
-        self.heads = nn.ModuleDict({name: nn.Linear(width, number) for name, number in classes.items()})
+        self.readers = Readers(backbone.config.get_text_config().hidden_size, classes, taught=taught)
 
     def forward(
         self,
@@ -59,11 +73,11 @@ class SupervisedBackbone(nn.Module):
         shown: torch.Tensor,
         ids: torch.Tensor,
         labels: torch.Tensor,
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Return the cross entropy of the answers, and each head's scores for every picture.
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor | None]:
+        """Return the cross entropy of the answers, and each reader's scores and features of every picture.
 
         Args:
-            pixel_values: patches of B pictures, (B * patches, values).
+            pixel_values: patches of B pictures of one size, (B * patches, values).
             grid: int64 (B, 3).
             shown: int64, which of the pictures the conversations show, in their order.
             ids: int64 (conversations, T), padded at the end; ``len(shown)`` of them show a picture.
@@ -71,9 +85,8 @@ class SupervisedBackbone(nn.Module):
         """
         backbone = self.backbone
         config = backbone.config
-        features = backbone.model.get_image_features(pixel_values, grid).pooler_output  # type: ignore[arg-type]
-        tokens = torch.stack(list(features))  # type: ignore[arg-type]
-        scores = {name: head(tokens.mean(dim=1)) for name, head in self.heads.items()}
+        tokens = picture_tokens(backbone.model.visual, pixel_values, grid)
+        scores, cells = self.readers(tokens)
 
         is_picture, is_word = ids == config.image_token_id, ids != config.get_text_config().pad_token_id
         embeddings = backbone.get_input_embeddings()(ids)
@@ -90,7 +103,7 @@ class SupervisedBackbone(nn.Module):
         # The vocabulary's scores are needed only where a token of an answer comes next.
         predicts = labels[:, 1:] != _IGNORED
         answers = backbone.lm_head(hidden[:, :-1][predicts])
-        return functional.cross_entropy(answers.float(), labels[:, 1:][predicts]), scores
+        return functional.cross_entropy(answers.float(), labels[:, 1:][predicts]), scores, cells
 
 
 class BackboneStage(Stage):
@@ -114,20 +127,25 @@ class BackboneStage(Stage):
             patch_size=settings.patch_size,
         )
         self.labels = sorted({record.label for record in images.records})
-        self.classes = {
-            key: {value: number for number, value in enumerate(sorted({getattr(r, key) for r in images.records}))}
-            for key in ("concept", "style", "group")
-        }
-        self.model: nn.Module = SupervisedBackbone(
-            self.backbone, {key: len(numbers) for key, numbers in self.classes.items()}
-        )
+        self.classes = classes_of(images.records)
+        self.wanted = answerable(images.records, self.classes)
+        numbers = {key: len(values) for key, values in self.classes.items()}
+        model = SupervisedBackbone(self.backbone, numbers, taught=settings.teacher is not None)
+        if settings.vision:
+            load_vision(settings.vision, SupervisedVision(self.backbone.model.visual, model.readers))
+        self.teacher = load_classifier(settings.teacher, what="teacher") if settings.teacher else None
+        if self.teacher is not None:
+            self.teacher.forget_concepts(self.classes["concept"])
+        self.model: nn.Module = model
         self.picture_tokens = (size // settings.patch_size // 2) ** 2
         self.number = len(images)
         self.device = torch.device("cpu")
 
     def to(self, device: torch.device) -> None:
-        """Remember where batches go."""
+        """Move the teacher, if there is one, and remember where batches go."""
         self.device = device
+        if self.teacher is not None:
+            self.teacher.to(device)
 
     def loss(self, model: nn.Module, samples: Samples, data: Any) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
         """Return the cross entropy of answers about some of the pictures, and of all their classes."""
@@ -135,31 +153,53 @@ class BackboneStage(Stage):
         records = [self.images.records[i] for i in index.tolist()]
         number = max(1, round(settings.conversation_share * len(records)))
         seen = torch.rand(number, generator=generator) >= settings.text_share
+        pictures, whole, mild = self._pictures(index, number, generator)
         talks = [
-            self._conversation(record, sees, generator)
-            for record, sees in zip(records[:number], seen.tolist(), strict=True)
+            self._conversation(record, sees, styled, generator)
+            for record, sees, styled in zip(records[:number], seen.tolist(), mild[:number].tolist(), strict=True)
         ]
-        pictures = self.images.batch(index)
-        if settings.augment:
-            pictures = augment(pictures, generator)
-        pixel_values, grid = patches_of(pictures.to(self.device), patch_size=settings.patch_size)
+        pictures = pictures.to(self.device)
+        pixel_values, grid = patches_of(pictures, patch_size=settings.patch_size)
         ids = _padded([talk.ids for talk in talks], int(self.tokenizer.pad_token_id))  # type: ignore[arg-type]
         labels = _padded([talk.labels for talk in talks], _IGNORED)
         shown = seen.nonzero()[:, 0]
-        words, scores = model(*(x.to(self.device) for x in (pixel_values, grid, shown, ids, labels)))
-        figures = {"loss/words": words.detach()}
-        total = words
-        for key, numbers in self.classes.items():
-            wanted = torch.tensor([numbers[getattr(record, key)] for record in records], device=self.device)
-            part = functional.cross_entropy(scores[key].float(), wanted, label_smoothing=0.1)
-            figures[f"loss/{key}"] = part.detach()
-            total = total + settings.class_weight * part
-        return total * samples.share, figures
+        words, scores, cells = model(*(x.to(self.device) for x in (pixel_values, grid, shown, ids, labels)))
+        wanted = told_apart({key: numbers[index] for key, numbers in self.wanted.items()}, whole, mild)
+        wanted = {key: numbers.to(self.device) for key, numbers in wanted.items()}
+        if self.teacher is not None:
+            read, figures = teaching_loss(self.teacher, pictures, scores, cells, wanted)
+        else:
+            parts = label_losses(scores, wanted)
+            read = torch.stack(list(parts.values())).sum()
+            figures = {f"loss/{key}": part.detach() for key, part in parts.items()}
+        return (words + settings.class_weight * read) * samples.share, {"loss/words": words.detach(), **figures}
 
-    def _conversation(self, record: Record, seen: bool, generator: torch.Generator) -> Conversation:
-        """Return questions about a picture, or (unseen) a loose description to be said properly."""
+    def _pictures(
+        self, index: torch.Tensor, talked_about: int, generator: torch.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return pictures ``index`` as they are shown, which are one thing, and which show their style.
+
+        Those talked about, the first, always are one thing.
+        """
+        pictures, every = self.images.batch(index), torch.ones(len(index), dtype=torch.bool)
+        if not self.settings.augment:
+            return pictures, every, every
+        if self.teacher is None:
+            return augment(pictures, generator), every, every
+        share, blended = self.settings.mild_share, self.settings.blend_share
+        parts = [
+            unlike_any(part, generator, mild_share=share, blend_share=blend_share)
+            for part, blend_share in ((pictures[:talked_about], 0.0), (pictures[talked_about:], blended))
+            if len(part)
+        ]
+        pictures, whole, mild = (torch.cat(found) for found in zip(*parts, strict=True))
+        return pictures, whole, mild
+
+    def _conversation(self, record: Record, seen: bool, styled: bool, generator: torch.Generator) -> Conversation:
+        """Return questions about a picture (of its style, if ``styled``), or (unseen) a description to be said well."""
         if seen:
-            turns = prompts.draw_turns(record, self.settings.turns, self.labels, generator)
+            styled = styled and not record.extra
+            turns = prompts.draw_turns(record, self.settings.turns, self.labels, generator, styled=styled)
             head = PICTURE.replace(IMAGE_TOKEN, IMAGE_TOKEN * self.picture_tokens)
         else:
             turns = [prompts.Turn(prompts.draw_caption(record, generator), prompts.canonical_caption(record))]
@@ -167,9 +207,12 @@ class BackboneStage(Stage):
         return conversation_tokens(self.tokenizer, turns, head)
 
     def validate(self) -> dict[str, float]:
-        """Return the share of 512 held-out pictures whose name, style and category are answered exactly."""
-        part = self.heldout.spread(512)
-        return {
+        """Return the share of 512 held-out pictures whose name, style and category are answered exactly.
+
+        And of as many training pictures the share that is named, to tell what is not learnt from what does not carry.
+        """
+        part, seen = self.heldout.spread(512), self.images.spread(512)
+        shares = {
             name: prompts.exact_share(self._answers(part, question), wanted)
             for name, question, wanted in (
                 ("concept", prompts.WHAT, [record.label for record in part.records]),
@@ -177,6 +220,8 @@ class BackboneStage(Stage):
                 ("category", prompts.WHICH_CATEGORY, [record.group for record in part.records]),
             )
         }
+        named = prompts.exact_share(self._answers(seen, prompts.WHAT), [record.label for record in seen.records])
+        return {**shares, "trained_concept": named}
 
     def _answers(self, images: CaptionedImages, question: str) -> list[str]:
         found = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,15 +13,24 @@ from latteflow.data.quarantine import Quarantined
 from latteflow.errors import UserError
 from latteflow.train.autoencoder import AutoencoderStage
 from latteflow.train.backbone import BackboneStage
+from latteflow.train.classifier import ClassifierStage
 from latteflow.train.feeds import Feed, MemoryFeed
 from latteflow.train.generator import GeneratorStage
-from latteflow.train.recipe import AutoencoderRecipe, BackboneRecipe, DataSection, GeneratorRecipe
+from latteflow.train.recipe import (
+    AnyRecipe,
+    AutoencoderRecipe,
+    BackboneRecipe,
+    ClassifierRecipe,
+    DataSection,
+    GeneratorRecipe,
+)
 from latteflow.train.sources import source_of
 from latteflow.train.stage import Stage
 from latteflow.train.streamed import LatentFeed, PictureFeed
+from latteflow.train.vision import VisionStage
 
 
-def build_stage(recipe: AutoencoderRecipe | BackboneRecipe | GeneratorRecipe) -> Stage:
+def build_stage(recipe: AnyRecipe) -> Stage:
     """Read the recipe's data and build its stage, weights initialised from the recipe's seed.
 
     Raises:
@@ -35,7 +45,11 @@ def build_stage(recipe: AutoencoderRecipe | BackboneRecipe | GeneratorRecipe) ->
     images, heldout = (load_split(recipe.data, split) for split in ("train", "heldout"))
     if isinstance(recipe, AutoencoderRecipe):
         return AutoencoderStage(recipe.autoencoder, images, heldout)
-    return BackboneStage(recipe.backbone, images, heldout)
+    if isinstance(recipe, BackboneRecipe):
+        return BackboneStage(recipe.backbone, images, heldout)
+    if isinstance(recipe, ClassifierRecipe):
+        return ClassifierStage(recipe.classifier, images, heldout)
+    return VisionStage(recipe.vision, images, heldout, load_others(recipe.data))
 
 
 def _feed_of(recipe: GeneratorRecipe) -> tuple[Feed, int]:
@@ -60,12 +74,17 @@ def _feed_of(recipe: GeneratorRecipe) -> tuple[Feed, int]:
 
 
 def load_split(data: DataSection, split: str) -> CaptionedImages:
-    """Read one split with the recipe's filters."""
-    return load_captioned_images(
-        data.path,
-        split,
-        leave_out_groups=data.leave_out_groups,
-        leave_out_subgroups=data.leave_out_subgroups,
-        styles=data.styles,
-        skin_tones=data.skin_tones,
+    """Read one split with the recipe's filters; training pictures with the extra styles, if the recipe wants them."""
+    filters: dict[str, Any] = data.model_dump(
+        include={"selection", "leave_out_groups", "leave_out_subgroups", "styles", "skin_tones"}
     )
+    images = load_captioned_images(data.path, split, **filters)
+    if split == "train" and data.extra:
+        images = images.joined(load_captioned_images(data.path, "extra", **{**filters, "styles": ()}))
+    return images
+
+
+def load_others(data: DataSection) -> CaptionedImages:
+    """Read every training picture of the set, whatever the recipe's filters."""
+    images = load_captioned_images(data.path, "train")
+    return images.joined(load_captioned_images(data.path, "extra")) if data.extra else images

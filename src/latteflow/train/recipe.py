@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias, get_args
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -68,6 +68,10 @@ class DataSection(Section):
     """The share of samples that may be unreadable."""
     validation: NonNegativeInt = 512
     """How many samples, of all over the source, are kept for validation; of a captioned set, its held-out ones are."""
+    selection: Literal["all", "drawable"] = "all"
+    """A choice of concepts by rules, the same for every split (``latteflow.data.selection``)."""
+    extra: bool = False
+    """Train on the set's extra styles as well: other drawings of the same things, which nothing is measured on."""
     leave_out_groups: tuple[str, ...] = ()
     leave_out_subgroups: tuple[str, ...] = ()
     styles: tuple[str, ...] = ()
@@ -135,9 +139,46 @@ class AutoencoderSection(Section):
     """Weight of the L1 loss on differences of neighbouring pixels, beside L1 on the pixels themselves. [D]"""
 
 
+class ClassifierSection(Section):
+    """The judge, or the teacher of the backbone's vision tower."""
+
+    picture_size: PositiveInt = 128
+    """Side that pictures are enlarged to."""
+    frozen_blocks: Annotated[int, Field(ge=1, le=15)] = 5
+    """How many of the network's 16 blocks stay as ImageNet made them; they are cheap at no gradient."""
+    blend_share: Probability = 0.2
+    """Share of pictures that another one is laid over."""
+    start_from_means: bool = True
+    """Start each concept's vector from its pictures' mean features, which takes a pass over the set."""
+
+
+class VisionSection(Section):
+    """The vision tower of the small Qwen2-VL, trained alone before words come in."""
+
+    teacher: str
+    """Folder of the trained teacher."""
+    hidden_size: PositiveInt = 256
+    num_heads: PositiveInt = 4
+    vision_depth: PositiveInt = 6
+    vision_width: PositiveInt = 192
+    vision_heads: PositiveInt = 4
+    patch_size: PositiveInt = 8
+    others_share: Probability = 0.4
+    """Share of pictures that come from the whole training set, with what the selection leaves out; the teacher and
+    their styles say what they are."""
+    mild_share: Probability = 0.5
+    """Share of pictures that are only moved, by whole pixels; the others are distorted."""
+    blend_share: Probability = 0.6
+    """Share of the distorted pictures that another one is laid over."""
+
+
 class BackboneSection(Section):
     """The small Qwen2-VL of the embedded model, and its tokenizer."""
 
+    vision: str | None = None
+    """Folder of a trained vision tower to start from; left out, the tower starts from nothing."""
+    teacher: str | None = None
+    """Folder of the trained teacher, which then goes on teaching the tower; left out, labels alone do."""
     vocabulary: PositiveInt = 3072
     hidden_size: PositiveInt = 256
     intermediate_size: PositiveInt = 640
@@ -153,7 +194,11 @@ class BackboneSection(Section):
     conversation_share: Annotated[float, Field(gt=0, le=1)] = 0.25
     """Share of a batch's pictures that are talked about; all are classified."""
     class_weight: NonNegativeFloat = 1.0
-    """Weight of each classification loss (concept, style, group) beside the loss on words. [D]"""
+    """Weight of what the readers learn (classes, the teacher's features) beside the loss on words. [D]"""
+    blend_share: Probability = 0.5
+    """Share of distorted pictures, not talked about, that another is laid over, where there is a teacher."""
+    mild_share: Probability = 0.5
+    """Share of pictures that are only moved, by whole pixels, where there is a teacher; the others are distorted."""
     text_share: Probability = 0.15
     """Share of conversations without a picture: a loose description to its canonical caption."""
     augment: bool = True
@@ -249,11 +294,25 @@ class AutoencoderRecipe(StageRecipe):
     autoencoder: AutoencoderSection = AutoencoderSection()
 
 
+class VisionRecipe(StageRecipe):
+    """Before stage two: its vision tower, taught by a classifier."""
+
+    stage: Literal["vision"]
+    vision: VisionSection
+
+
 class BackboneRecipe(StageRecipe):
     """Stage two: a vision-language model that captions and answers."""
 
     stage: Literal["backbone"]
     backbone: BackboneSection = BackboneSection()
+
+
+class ClassifierRecipe(StageRecipe):
+    """A classifier of pictures, beside the model: the judge, or the teacher."""
+
+    stage: Literal["classifier"]
+    classifier: ClassifierSection = ClassifierSection()
 
 
 class GeneratorRecipe(StageRecipe):
@@ -264,12 +323,11 @@ class GeneratorRecipe(StageRecipe):
     encode: EncodeSection | None = None
 
 
-Recipe = Annotated[AutoencoderRecipe | BackboneRecipe | GeneratorRecipe, Field(discriminator="stage")]
+AnyRecipe: TypeAlias = AutoencoderRecipe | ClassifierRecipe | VisionRecipe | BackboneRecipe | GeneratorRecipe
+Recipe = Annotated[AnyRecipe, Field(discriminator="stage")]
 
 
-def load_recipe(
-    path: str | Path, overrides: Sequence[str] = ()
-) -> AutoencoderRecipe | BackboneRecipe | GeneratorRecipe:
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> AnyRecipe:
     """Read a recipe and apply ``key=value`` overrides (dotted keys; ``smoke=true`` merges the recipe's smoke block).
 
     Raises:
@@ -307,7 +365,7 @@ def _first_line(error: Exception) -> str:
 def _explain(error: ValidationError) -> str:
     first = error.errors()[0]
     location = [str(part) for part in first["loc"]]
-    if location and location[0] in ("autoencoder", "backbone", "generator"):
+    if location and location[0] in ("autoencoder", "classifier", "vision", "backbone", "generator"):
         location = location[1:]  # the discriminator's own level
     key = ".".join(location)
     if first["type"] == "extra_forbidden":
@@ -318,8 +376,8 @@ def _explain(error: ValidationError) -> str:
 
 
 def _known_keys() -> set[str]:
-    sections: list[type[Section]] = [AutoencoderRecipe, BackboneRecipe, GeneratorRecipe, DataSection, TrainSection]
-    sections += [AutoencoderSection, BackboneSection, GeneratorSection, LoraSection, EncodeSection]
+    sections: list[type[Section]] = [*get_args(AnyRecipe), DataSection, TrainSection, AutoencoderSection]
+    sections += [ClassifierSection, VisionSection, BackboneSection, GeneratorSection, LoraSection, EncodeSection]
     return {name for section in sections for name in section.model_fields}
 
 

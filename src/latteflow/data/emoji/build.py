@@ -12,14 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
 from latteflow.data.emoji import card, sources, split, stages
 from latteflow.data.emoji.concepts import ConceptTable
-from latteflow.data.emoji.stages import STYLES, Picture, Progress, Stage
+from latteflow.data.emoji.stages import EXTRA_STYLES, STYLES, Picture, Progress, Stage
 from latteflow.errors import UserError
+
+PARTS = ("train", "heldout", "extra")
+"""The parts of a set: ``extra`` holds the pictures of ``EXTRA_STYLES``, to train on only."""
 
 SHARD_ROWS = 4096
 """Rows a shard holds at most."""
@@ -94,7 +98,7 @@ def build_emoji(
     archives = _fetch_all(cache or sources.default_cache(), progress)
     table, extras = stages.load_table(archives)
     done: dict[str, Stage] = {}
-    for style in STYLES:
+    for style in (*STYLES, *EXTRA_STYLES):
         done[style.name] = stages.stage(style, archives[style.source.package], table, extras, work, progress)
     pictures = [picture for style in STYLES for picture in done[style.name].pictures]
     component_of, chosen = split_pictures(pictures, progress)
@@ -102,6 +106,7 @@ def build_emoji(
     parts = {
         "train": [row for row in rows if (row["concept"], row["style"]) not in chosen],
         "heldout": [row for row in rows if (row["concept"], row["style"]) in chosen],
+        "extra": _rows(_extra_pictures(done, [picture for picture in pictures if picture.unit in chosen]), table, {}),
     }
     text = card.render(done, parts, component_of, chosen)
     _publish(out, work / "final", parts, text, progress)
@@ -128,6 +133,15 @@ def split_pictures(
     Raises:
         ValueError: the split does not keep what it promises (a mistake in this package).
     """
+    pairs = _twin_pairs(pictures, progress)
+    families = {style.name: style.family for style in STYLES}
+    component_of = split.components([picture.unit for picture in pictures], pairs, families)
+    chosen = split.held_out(component_of)
+    split.check_split(component_of, chosen)
+    return component_of, chosen
+
+
+def _twin_pairs(pictures: Sequence[Picture], progress: Progress | None = None) -> npt.NDArray[np.int64]:
     pixels = np.zeros((len(pictures), 64, 64, 3), dtype=np.uint8)
     for index, picture in enumerate(pictures):
         with Image.open(io.BytesIO(picture.png)) as image:
@@ -135,12 +149,16 @@ def split_pictures(
         if progress is not None and (index % 256 == 255 or index + 1 == len(pictures)):
             progress("looking for twins", index + 1, len(pictures))
     thumbs = split.thumbnails(pixels)
-    pairs = split.twin_pairs(split.perceptual_hashes(thumbs), thumbs)
-    families = {style.name: style.family for style in STYLES}
-    component_of = split.components([picture.unit for picture in pictures], pairs, families)
-    chosen = split.held_out(component_of)
-    split.check_split(component_of, chosen)
-    return component_of, chosen
+    return split.twin_pairs(split.perceptual_hashes(thumbs), thumbs)
+
+
+def _extra_pictures(done: dict[str, Stage], heldout: Sequence[Picture]) -> list[Picture]:
+    """The pictures of the extra styles that are no twin of a held-out one: all are trained on."""
+    extra = [picture for style in EXTRA_STYLES for picture in done[style.name].pictures]
+    pairs = _twin_pairs([*heldout, *extra]).tolist()
+    # Pairs are in order, so the held-out picture of a mixed pair comes first.
+    twins = {right - len(heldout) for left, right in pairs if left < len(heldout) <= right}
+    return [picture for index, picture in enumerate(extra) if index not in twins]
 
 
 def _rows(
@@ -161,7 +179,7 @@ def _rows(
                 "style": picture.style,
                 "skin_tone": picture.sighting.skin_tone,
                 "codepoints": picture.sighting.codepoints,
-                "twins": component_of[picture.unit],
+                "twins": component_of.get(picture.unit, -1),
             }
         )
     return rows
@@ -218,7 +236,7 @@ def _complete(out: Path) -> dict[str, int] | None:
     if not (out / card.FILE_NAME).exists():
         return None
     images: dict[str, int] = {}
-    for part in ("train", "heldout"):
+    for part in PARTS:
         found = _shards(out, part)
         if not found or len(found) != int(found[0].stem.rpartition("-")[2]):
             return None

@@ -6,10 +6,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from latteflow.data import selection
 from latteflow.data.emoji import split
 from latteflow.data.emoji.concepts import TONES
 from latteflow.data.emoji.sources import SOURCES
-from latteflow.data.emoji.stages import STYLES, Stage
+from latteflow.data.emoji.stages import EXTRA_STYLES, STYLES, Stage
 
 FILE_NAME = "README.md"
 """The card's file; written last, so it also says that the set is complete."""
@@ -34,6 +35,8 @@ configs:
     path: train-*.parquet
   - split: heldout
     path: heldout-*.parquet
+  - split: extra
+    path: extra-*.parquet
 ---
 """
 
@@ -50,7 +53,7 @@ _COLUMNS = """## Columns
 | style | how it is drawn |
 | skin_tone | none, light, medium-light, medium, medium-dark, dark, or mixed (two people who differ) |
 | codepoints | the full sequence, skin tone included |
-| twins | number of the component of near-twins (see the split) |
+| twins | number of the component of near-twins (see the split); -1 in `extra` |
 
 Two people of different skin tones are spelled out in Unicode (hand + hand) where one tone has a code point of its own
 (handshake); both have the concept of the latter.
@@ -67,14 +70,14 @@ def render(
 
     Args:
         done: the stage of every style, for what was left out.
-        parts: the rows of ``train`` and ``heldout``.
+        parts: the rows of ``train``, ``heldout`` and ``extra``.
         component_of: the twin component of every (concept, style) pair.
         chosen: the held-out pairs.
     """
     head = (
         "# latteflow emoji\n\n"
         f"{sum(map(len, parts.values())):,} captioned pictures of {len({unit[0] for unit in component_of}):,} emoji "
-        f"in {len(STYLES)} styles, 64x64. Built by `latteflow data emoji`.\n"
+        f"in {len(STYLES)} styles and {len(EXTRA_STYLES)} extra ones, 64x64. Built by `latteflow data emoji`.\n"
     )
     sections = [
         _FRONT + head,
@@ -82,6 +85,7 @@ def render(
         _count_section(parts),
         _split_section(component_of, chosen),
         _left_out_section(done),
+        _selection_section([*parts["train"], *parts["heldout"]]),
         _licence_section(),
     ]
     return "\n".join(sections)
@@ -104,7 +108,7 @@ def _count_section(parts: Mapping[str, Rows]) -> str:
     return "\n".join(
         [
             "## Pictures\n",
-            _counts_by(parts, "style", [style.name for style in STYLES]),
+            _counts_by(parts, "style", [style.name for style in (*STYLES, *EXTRA_STYLES)]),
             _counts_by(parts, "skin_tone", ["none", *TONES.values(), "mixed"]),
             _counts_by(parts, "group"),
         ]
@@ -129,12 +133,15 @@ on average; and the Fluent styles of one concept always, which are one drawing i
 No chance is involved: components are held out in the order of the SHA-256 of their smallest pair, as long as the part
 is not full. A component of more than {split.HELD_OUT_COMPONENT:.0%} of the held-out part, such as clock faces, is
 always trained on.
+
+The part `extra` holds older sets of fewer emoji, each concept once a style and without skin tones: more ways to draw a
+thing, to train on only. A picture of theirs that is a twin of a held-out one is left out.
 """
 
 
 def _left_out_section(done: Mapping[str, Stage]) -> str:
     lines = []
-    for style in STYLES:
+    for style in (*STYLES, *EXTRA_STYLES):
         left = done[style.name]
         names = ", ".join(f"`{name}`" for name in left.unknown[:12]) + (" ..." if len(left.unknown) > 12 else "")
         lines.append([style.name, left.extras, left.repeated, len(left.unknown), names])
@@ -146,6 +153,25 @@ def _left_out_section(done: Mapping[str, Stage]) -> str:
         "- Second files of a sequence already seen (spelled with another number of zeros), and files whose name leads "
         "to no known emoji:\n\n" + _table(["style", "own extras", "repeated", "not recognised", "which"], lines)
     )
+
+
+def _selection_section(rows: Rows) -> str:
+    out = selection.left_out(rows, "drawable")
+    counts = Counter(rule.name for rule in out.values())
+    kept = [row for row in rows if selection.keeps(row, "drawable", out)]
+    lines = [
+        [rule.name, counts[rule.name], rule.why]
+        for rule in (*selection.RULES, selection.OPPOSITES, selection.NEAR_TWINS)
+    ]
+    lines += [[f"style {style}", "", why] for style, why in selection.LEFT_OUT_STYLES.items()]
+    lines.append(["skin tones", "", "the same drawing in other colours"])
+    return f"""## The selection `drawable`
+
+What the embedded model is made for and measured on (`data.selection` in recipes): {len(kept):,} pictures of
+{len({row["concept"] for row in kept}):,} concepts in {selection.MIN_STYLES} styles or more, the extra ones not
+counted. Rules on the metadata leave out the rest, from every part alike; the first that applies counts:
+
+""" + _table(["rule", "concepts", "why"], lines)
 
 
 def _licence_section() -> str:

@@ -119,6 +119,7 @@ class ConceptTable:
     sequences: dict[str, str] = field(default_factory=dict)
     toned: dict[tuple[str, str], str] = field(default_factory=dict)
     by_name: dict[str, str] = field(default_factory=dict)
+    by_squashed: dict[str, str] = field(default_factory=dict)
 
     def recognise(self, text: str) -> Sighting | None:
         """The sighting of a file named by its code points, or None when no concept is known for them."""
@@ -144,6 +145,11 @@ class ConceptTable:
         tone = "none" if ending == "-default" else ending[1:]
         sequence = self.toned.get((concept, tone))
         return None if sequence is None else Sighting(concept, tone, sequence)
+
+    def recognise_squashed(self, stem: str) -> Sighting | None:
+        """The sighting of a file named by any name of an emoji, with hyphens anywhere or nowhere (``loveletter``)."""
+        concept = self.by_squashed.get(stem.replace("-", ""))
+        return None if concept is None else Sighting(concept, "none", self.toned[concept, "none"])
 
     def concept(self, points: Iterable[str]) -> str | None:
         """The known concept of these code points, or None."""
@@ -258,7 +264,7 @@ def _distinct(items: Iterable[str]) -> tuple[str, ...]:
 def _index_names(
     table: ConceptTable, by_openmoji: dict[str, dict[str, Any]], by_datasource: dict[str, dict[str, Any]]
 ) -> None:
-    """Fill ``by_name``; where two concepts share a name, the better source wins (labels, then longer names)."""
+    """Fill the indices by name; where concepts share a name, the better source wins (labels, then longer names)."""
     for concept in table.concepts.values():
         table.by_name.setdefault(normalise_name(concept.label), concept.key)
     for key, entry in by_openmoji.items():
@@ -268,3 +274,9 @@ def _index_names(
         if key in table.concepts and entry.get("name"):
             table.by_name.setdefault(normalise_name(entry["name"]), key)
     table.by_name.pop("", None)
+    for name, key in table.by_name.items():
+        table.by_squashed.setdefault(name.replace("-", ""), key)
+    for concept in table.concepts.values():
+        for name in concept.names:
+            table.by_squashed.setdefault(normalise_name(name).replace("-", ""), concept.key)
+    table.by_squashed.pop("", None)

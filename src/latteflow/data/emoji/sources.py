@@ -1,4 +1,4 @@
-"""Where the pictures and names come from: six npm packages, pinned, fetched by ``npm pack`` and read in place.
+"""Where the pictures and names come from: npm packages, pinned, fetched by ``npm pack`` and read in place.
 
 Nothing is ever unpacked: members are read straight out of the ``.tgz`` files, so a member's name can never decide where
 something is written.
@@ -7,6 +7,7 @@ something is written.
 from __future__ import annotations
 
 import gzip
+import json
 import os
 import shutil
 import subprocess
@@ -20,6 +21,9 @@ from pathlib import Path
 from latteflow.errors import UserError
 
 _CHUNK = 1 << 20
+_SVG = (
+    '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="{} {} {} {}">{}</svg>'
+)
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,46 @@ EMOJIBASE = Source(
     "Emojibase, copyright Miles Johnson; names and tags from Unicode CLDR",
     "labels, tags, groups, skin tone sequences",
 )
-SOURCES: tuple[Source, ...] = (OPENMOJI, GOOGLE, TWITTER, FLUENT_3D, FLUENT, EMOJIBASE)
+NOTO_BLOB = Source(
+    "@iconify-json/noto-v1",
+    "1.2.5",
+    "Apache-2.0",
+    "Noto Emoji before 2017, copyright Google LLC; packaged by Iconify",
+    "pictures of the extra style 'noto blob'",
+)
+EMOJIONE_2 = Source(
+    "@iconify-json/emojione",
+    "1.2.3",
+    "CC-BY-4.0",
+    "EmojiOne 2.3, kept as EmojiTwo; packaged by Iconify",
+    "pictures of the extra style 'emojione 2'",
+)
+EMOJIONE_1 = Source(
+    "@iconify-json/emojione-v1",
+    "1.2.3",
+    "CC-BY-SA-4.0",
+    "EmojiOne 1.5 (emojione-legacy); packaged by Iconify",
+    "pictures of the extra style 'emojione 1'",
+)
+FXEMOJI = Source(
+    "@iconify-json/fxemoji",
+    "1.2.2",
+    "Apache-2.0",
+    "FxEmojis, copyright Mozilla Foundation; packaged by Iconify",
+    "pictures of the extra style 'firefox os'",
+)
+SOURCES: tuple[Source, ...] = (
+    OPENMOJI,
+    GOOGLE,
+    TWITTER,
+    FLUENT_3D,
+    FLUENT,
+    EMOJIBASE,
+    NOTO_BLOB,
+    EMOJIONE_2,
+    EMOJIONE_1,
+    FXEMOJI,
+)
 
 
 def default_cache() -> Path:
@@ -170,6 +213,30 @@ def members(path: Path, folder: str, suffix: str) -> Iterator[tuple[str, bytes]]
             stream = archive.extractfile(member)
             if stream is not None:
                 yield name, stream.read()
+
+
+def icons(path: Path, inner: str, suffix: str) -> Iterator[tuple[str, bytes]]:
+    """The pictures of an Iconify set: (icon name + ``suffix``, SVG), icons and their plain aliases, in order of names.
+
+    An alias that turns or mirrors its icon is left out.
+
+    Raises:
+        UserError: the archive has no ``inner``, or that is not such a set.
+    """
+    try:
+        found = json.loads(read_member(path, inner))
+        drawn = dict(found["icons"])
+        for name, alias in found.get("aliases", {}).items():
+            if set(alias) == {"parent"} and alias["parent"] in drawn:
+                drawn.setdefault(name, drawn[alias["parent"]])
+        for name in sorted(drawn):
+            left, top, width, height = (
+                drawn[name].get(key, found.get(key, default))
+                for key, default in (("left", 0), ("top", 0), ("width", 16), ("height", 16))
+            )
+            yield f"{name}{suffix}", _SVG.format(left, top, width, height, drawn[name]["body"]).encode()
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{inner} of {path} is no set of icons ({error}): delete the archive and run again") from error
 
 
 def read_member(path: Path, inner: str) -> bytes:

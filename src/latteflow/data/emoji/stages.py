@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,20 +38,43 @@ class Style:
     source: Source
     folder: str
     suffix: str
-    named_in_words: bool
+    recognise: Callable[[ConceptTable, str], Sighting | None]
+    """From a file's name without its suffix."""
     render: Callable[[bytes], Image.Image]
     mend: Callable[[Sighting, ConceptTable], Sighting] = leave
     """Puts right what a package's file names get wrong."""
+    read: Callable[[Path, str, str], Iterable[tuple[str, bytes]]] = sources.members
+    """Yields (file name, content) from the package's archive, the folder and the suffix."""
 
 
 STYLES: tuple[Style, ...] = (
-    Style("openmoji", "openmoji", sources.OPENMOJI, "color/svg", ".svg", False, render_svg),
-    Style("noto", "noto", sources.GOOGLE, "img/google/64", ".png", False, render_raster),
-    Style("twemoji", "twemoji", sources.TWITTER, "img/twitter/64", ".png", False, render_raster),
-    Style("fluent 3d", "fluent", sources.FLUENT_3D, "assets", ".webp", False, render_raster, mend_fluent_3d),
-    Style("fluent flat", "fluent", sources.FLUENT, "icons/flat", ".svg", True, render_svg),
-    Style("fluent modern", "fluent", sources.FLUENT, "icons/modern", ".svg", True, render_svg),
+    Style("openmoji", "openmoji", sources.OPENMOJI, "color/svg", ".svg", ConceptTable.recognise, render_svg),
+    Style("noto", "noto", sources.GOOGLE, "img/google/64", ".png", ConceptTable.recognise, render_raster),
+    Style("twemoji", "twemoji", sources.TWITTER, "img/twitter/64", ".png", ConceptTable.recognise, render_raster),
+    Style(
+        "fluent 3d",
+        "fluent",
+        sources.FLUENT_3D,
+        "assets",
+        ".webp",
+        ConceptTable.recognise,
+        render_raster,
+        mend_fluent_3d,
+    ),
+    Style("fluent flat", "fluent", sources.FLUENT, "icons/flat", ".svg", ConceptTable.recognise_name, render_svg),
+    Style("fluent modern", "fluent", sources.FLUENT, "icons/modern", ".svg", ConceptTable.recognise_name, render_svg),
 )
+
+EXTRA_STYLES: tuple[Style, ...] = tuple(
+    Style(name, name, source, "icons.json", ".svg", ConceptTable.recognise_squashed, render_svg, leave, sources.icons)
+    for name, source in (
+        ("noto blob", sources.NOTO_BLOB),
+        ("emojione 2", sources.EMOJIONE_2),
+        ("emojione 1", sources.EMOJIONE_1),
+        ("firefox os", sources.FXEMOJI),
+    )
+)
+"""Older sets, of fewer emoji: more ways to draw a thing to learn from; nothing of them is ever held out."""
 
 
 @dataclass(frozen=True)
@@ -131,13 +154,14 @@ def _render_all(
     pictures: dict[str, Picture] = {}
     unknown: list[str] = []
     extra = repeated = 0
-    files = sorted(sources.members(archive, style.folder, style.suffix), key=_longest_name_first)
+    files = sorted(style.read(archive, style.folder, style.suffix), key=_longest_name_first)
     for index, (name, data) in enumerate(files):
         stem = name.removesuffix(style.suffix)
-        sighting = table.recognise_name(stem) if style.named_in_words else table.recognise(stem)
+        sighting = style.recognise(table, stem)
         sighting = sighting and style.mend(sighting, table)
         if sighting is None:
-            if not style.named_in_words and concept_of(split_code_points(stem)) in extras:
+            by_code_points = style.recognise is ConceptTable.recognise
+            if by_code_points and concept_of(split_code_points(stem)) in extras:
                 extra += 1
             else:
                 unknown.append(name)
