@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from latteflow.train import on_ray
 from latteflow.train.checkpoint import checkpoint_folders
+from latteflow.train.guard import TrainingDiverged
+from latteflow.train.loop import Progress, Stopped
 from toys import toy_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "emoji-64"
@@ -99,3 +102,67 @@ def test_a_truncated_checkpoint_is_named_and_the_one_before_is_used(latteflow, f
 def test_a_missing_part_is_named(latteflow, file):
     message = latteflow("train", file("generator"), "generator.autoencoder=nowhere").mistake
     assert "no autoencoder in nowhere: train one with" in message
+
+
+@pytest.fixture
+def on_a_pretended_ray(monkeypatch):
+    """What ``train_on_ray`` is called with, in its place; ``end`` in it is raised."""
+    given = {}
+
+    def pretend(recipe, *, resources, watch):
+        given.update(recipe=recipe, resources=resources)
+        for group in (0, 1):
+            figures = {"samples_per_second": 2.0, f"loss/group-{group}": 0.25}
+            watch(group, Progress(3, 4, 0.25, 9.0, figures))
+        if "end" in given:
+            raise given["end"]
+        return Path("where") / "final"
+
+    monkeypatch.setattr(on_ray, "train_on_ray", pretend)
+    return given
+
+
+def test_on_ray_it_shows_every_group(latteflow, file, on_a_pretended_ray):
+    outcome = latteflow("train", file("generator"), "--on-ray", "--per-group", "CPU=4, GPU=0.5", "train.steps=7")
+    assert outcome.code == 0
+    assert outcome.out == "trained weights: where/final\n"
+    assert "group 0: loss 0.2500 (0.250) 2/s 0:00:03 left" in outcome.err
+    assert "group 1: loss" in outcome.err
+    assert on_a_pretended_ray["recipe"].train.steps == 7
+    assert on_a_pretended_ray["resources"] == {"CPU": 4.0, "GPU": 0.5}
+    assert latteflow("train", file("generator"), "--on-ray").code == 0
+    assert on_a_pretended_ray["resources"] == {}
+
+
+def test_how_a_run_on_ray_ends_is_a_line(latteflow, file, on_a_pretended_ray):
+    for mistake in (TrainingDiverged("group 1: step 2"), OSError("Ray gave up: no")):
+        on_a_pretended_ray["end"] = mistake
+        outcome = latteflow("train", file("generator"), "--on-ray")
+        assert outcome.code == 2
+        assert outcome.err.splitlines()[-1] == f"latteflow: {mistake}"
+        assert "Traceback" not in outcome.err
+    on_a_pretended_ray["end"] = Stopped("stopped; start it again")
+    outcome = latteflow("train", file("generator"), "--on-ray")
+    assert (outcome.code, outcome.out) == (0, "")
+    assert "stopped; start it again" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--on-ray"], "set generator.shared_io=false, or train them together without Ray"),
+        (["--per-group", "CPU=1"], "give --on-ray too"),
+        (["--on-ray", "--per-group", "CPU"], "--per-group CPU is not of the form CPU=4,GPU=1"),
+        (["--on-ray", "--per-group", "CPU=many"], "--per-group CPU=many is not of the form"),
+        (["--on-ray", "--per-group", "CPU=4,GPU=0"], "is not of the form"),
+        (["--on-ray", "--per-group", "=4"], "is not of the form"),
+    ],
+)
+def test_a_mistake_about_ray_is_one_line(latteflow, file, words, message):
+    assert message in latteflow("train", file("generator"), *words).mistake
+
+
+def test_resume_never_sees_the_checkpoints_of_groups(latteflow, file, tmp_path, on_a_pretended_ray):
+    assert latteflow("train", file("generator"), "--on-ray", "--resume", "never").code == 0
+    (tmp_path / "run" / "group-1" / "checkpoints").mkdir(parents=True)
+    assert "run holds checkpoints" in latteflow("train", file("generator"), "--on-ray", "--resume", "never").mistake

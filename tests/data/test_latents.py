@@ -104,6 +104,14 @@ def test_what_is_read_is_what_was_written(folder):
     latents.verify()
 
 
+def test_which_samples_of_the_source_are_there(folder, tmp_path, monkeypatch):
+    assert LatentShards(folder).good.tolist() == [i in GOOD for i in range(8)]
+    assert LatentShards(write_folder(tmp_path / "told", bad=1)).good.tolist() == [i in GOOD for i in range(8)]
+    whole = LatentShards(write_folder(tmp_path / "whole", bad=0))
+    monkeypatch.setattr("latteflow.data.latents.open_shard", None)  # no shard is looked into for that
+    assert whole.good.tolist() == [True] * 7
+
+
 def test_other_processes_map_the_files_for_themselves(folder):
     latents = LatentShards(folder)
     unopened = pickle.dumps(latents)
@@ -343,7 +351,8 @@ class TestContexts:
             entries.append({"file": file.name, "captions": len(part), **self.state(file)})
         write_shard(numbers_file(tmp_path), {"numbers": torch.tensor([1, 3, 3, 2, 1, 1, 2])}, {})
         numbers = {"file": numbers_file(tmp_path).name, **self.state(numbers_file(tmp_path))}
-        return write_folder(tmp_path, contexts={"shards": entries, "numbers": numbers, "backbone": {"sha256": "x"}})
+        backbone = {"name": "runs/one", "revision": None, "sha256": "x"}
+        return write_folder(tmp_path, contexts={"shards": entries, "numbers": numbers, "backbone": backbone})
 
     @staticmethod
     def state(file):
@@ -374,6 +383,16 @@ class TestContexts:
             assert found.keys.shape == trimmed.keys.shape
             joined = concatenate([found, found])
             assert len(joined) == 2 * len(numbers)
+
+    def test_those_of_another_backbone_are_refused(self, folder):
+        contexts = LatentShards(folder).contexts
+        contexts.require({"name": "another/place", "sha256": "x"})
+        reason = (
+            r"are of backbone 'runs/one' \(sha256 x\), and the recipe's is 'runs/two' \(sha256 y{12}\): encode anew"
+        )
+        with pytest.raises(UserError, match=reason) as mistake:
+            contexts.require({"name": "runs/two", "sha256": "y" * 64})
+        assert "\n" not in str(mistake.value)
 
     @pytest.mark.parametrize("damaged", ["contexts-00001.safetensors", "context-numbers.safetensors"])
     def test_damage_is_named(self, folder, damaged, tmp_path):

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from latteflow.data.loader import batch_indices, generator_of
+from latteflow.data.loader import batch_indices, generator_of, kept_apart
 
 
 @settings(max_examples=60, deadline=None)
@@ -43,3 +43,26 @@ def test_generators_differ_by_seed_and_by_every_part_of_the_key():
 def test_the_seeds_are_the_same_for_ever():
     """A run resumed with a later version goes on with the same samples: this number must not change."""
     assert generator_of(7, "epoch", 1).initial_seed() == 839277825198138934
+
+
+@settings(max_examples=60, deadline=None)
+@given(number=st.integers(0, 200), validation=st.integers(0, 220), fewer=st.integers(0, 220))
+def test_as_many_are_kept_apart_as_asked_and_the_same_always(number, validation, fewer):
+    apart = kept_apart(number, validation)
+    assert (apart.dtype, apart.shape) == (torch.bool, (number,))
+    assert int(apart.sum()) == min(number, validation)
+    torch.manual_seed(validation)
+    assert torch.equal(kept_apart(number, validation), apart)
+    assert fewer > validation or not (kept_apart(number, fewer) & ~apart).any()
+
+
+def test_every_class_of_a_sorted_source_is_kept_and_trained():
+    """A hundred classes of a hundred, one after the other, of which a tenth is kept."""
+    kept = kept_apart(10_000, 1000).reshape(100, 100).sum(1)
+    assert kept.min() > 0
+    assert kept.max() < 30
+
+
+def test_what_is_kept_apart_is_the_same_for_ever():
+    """A run resumed with a later version must not train on what it was measured with: these must not change."""
+    assert kept_apart(40, 6).nonzero()[:, 0].tolist() == [1, 26, 27, 28, 31, 33]

@@ -135,6 +135,23 @@ def test_the_replacements_are_the_same_for_ever(tmp_path):
     assert [source.resolve(i, epoch)[0] for i in range(2) for epoch in range(3)] == [99, 15, 16, 90, 12, 25]
 
 
+def test_only_those_that_may_stand_in(tmp_path):
+    source = Quarantined(source_of([True] * 10 + [False] * 30), tmp_path, limit=1)
+    among = torch.tensor([2, 3, 15, 20, 33])
+    found = {source.resolve(i, epoch, among)[0] for i in range(10) for epoch in range(5)}
+    assert found == {15, 20, 33}
+    assert source.resolve(11, 0, among)[0] == 11  # which is good
+    with pytest.raises(UserError, match="none of the 2 samples can be read"):
+        source.read(0, 0, among[:2])
+
+
+def test_a_bad_sample_for_which_none_stands_in(tmp_path):
+    source = Quarantined(source_of([False, True]), tmp_path, limit=1)
+    assert source.good(0).caption == "picture 000"
+    assert source.good(1) is None
+    assert [entry["name"] for entry in lines(tmp_path)] == ["001"]
+
+
 def test_past_the_limit_the_run_stops(tmp_path):
     bad = [i in (3, 7, 9) for i in range(100)]
     source = Quarantined(source_of(bad), tmp_path, limit=0.02)
@@ -211,7 +228,7 @@ def test_lines_of_several_writers_do_not_mix(tmp_path):
         source = Quarantined(source_of([True] * 400 + [False]), tmp_path, limit=1)
         start.wait()
         for i in range(part, 400, 4):
-            source._try(i)
+            source.good(i)
 
     writers = [threading.Thread(target=write, args=(part,)) for part in range(4)]
     for writer in writers:

@@ -6,6 +6,7 @@ A job is a dictionary: ``stage``, ``recipe``, and what is to happen in it. ``run
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import signal
@@ -17,16 +18,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from pydantic import TypeAdapter
 from test_loop import Regression
+from torch import nn
 
+from latteflow.data.loader import generator_of
 from latteflow.errors import UserError
 from latteflow.train import checkpoint
 from latteflow.train.build import build_stage
+from latteflow.train.distributed import like, load_whole, shard, sharded_optimizer_state, whole, whole_state
 from latteflow.train.guard import TrainingDiverged
 from latteflow.train.loop import Stopped, train
-from latteflow.train.recipe import Recipe
+from latteflow.train.optimizer import build_optimizer
+from latteflow.train.recipe import Recipe, TrainSection
 
 HERE = Path(__file__).parent
 
@@ -40,6 +46,8 @@ def run(job: dict[str, Any], rank: int = 0) -> dict[str, Any]:
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     PartialState._reset_state()
+    if job["stage"] == "muon steps":
+        return muon_steps(job)
     recipe = TypeAdapter(Recipe).validate_python(job["recipe"])
     stage = Regression(outputs=3, noise=0.5) if job["stage"] == "regression" else build_stage(recipe)
     if rank in job.get("poisoned_ranks", ()):
@@ -68,6 +76,35 @@ def run(job: dict[str, Any], rank: int = 0) -> dict[str, Any]:
         checkpoint.save_file = save_file
     outcome["sum after"] = sum(float(local(p).abs().sum()) for p in stage.model.parameters())
     return outcome
+
+
+def muon_steps(job: dict[str, Any]) -> dict[str, Any]:
+    """Take the steps ``first`` to ``last`` with gradients that are the same in every process; return the weights.
+
+    What there is after step ``keep`` is written to the file ``state``; where ``first`` is not 0, that is taken up.
+    """
+    accelerator = Accelerator(cpu=True)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 7), nn.Linear(7, 1), nn.LayerNorm(3))
+    if accelerator.num_processes > 1:
+        shard(model, accelerator, half=False)
+    optimizer = build_optimizer(model, TrainSection(steps=1, batch_size=1, optimizer="muon", weight_decay=0.1))
+    if job["first"]:
+        weights, state = torch.load(job["state"], weights_only=True)
+        with torch.no_grad():
+            for parameter, value in zip(model.parameters(), weights, strict=True):
+                load_whole(parameter, value)
+        order = [p for group in optimizer.param_groups for p in group["params"]]
+        optimizer.load_state_dict(sharded_optimizer_state(state, order))
+    for step in range(job["first"], job["last"]):
+        for number, parameter in enumerate(model.parameters()):
+            gradient = torch.randn(parameter.shape, generator=generator_of(0, "gradient", step, number))
+            parameter.grad = None if (step, number) == (1, 2) else like(gradient, parameter)
+        optimizer.step()
+        if step + 1 == job.get("keep"):
+            weights = [whole(parameter.detach()).clone() for parameter in model.parameters()]
+            torch.save([weights, copy.deepcopy(whole_state(optimizer.state_dict()))], job["state"])
+    return {"weights": [whole(parameter.detach()).tolist() for parameter in model.parameters()]}
 
 
 def record_times(stage: Any) -> list[str]:

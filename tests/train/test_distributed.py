@@ -1,6 +1,7 @@
 """Two processes are one: in losses, weights, averages and state; what stops one of them stops both."""
 
 import copy
+import itertools
 import json
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from toys import toy_recipe
 pytestmark = pytest.mark.slow
 
 STRATEGIES = ("ddp", "fsdp2")
+BY_ONE_FIRST = ("stopped at one, resumed by two", "muon")
 SAME = (
     "regression",
     "mixed groups",
@@ -23,7 +25,7 @@ SAME = (
     "groups without samples",
     "one group",
     "stopped at two, resumed by one",
-    "stopped at one, resumed by two",
+    *BY_ONE_FIRST,
 )
 
 
@@ -60,6 +62,7 @@ def jobs_of(output, strategy, toy_set, parts):
             "stop_after": 2,
         },
         "stopped at one, resumed by two": generator("second", {"checkpoint_every": 2}, num_groups=4),
+        "muon": generator("muon", {"checkpoint_every": 2, "optimizer": "muon", "weight_decay": 0.1}, num_groups=4),
         "nan": {**plain("nan"), "poisoned_ranks": [1], "poisoned_calls": [4]},
         "nan left out": {**plain("left-out", nonfinite="skip"), "poisoned_ranks": [1], "poisoned_calls": [4]},
         "terminated": {**plain("terminated"), "terminate": [1, 2]},
@@ -77,11 +80,13 @@ def runs(tmp_path_factory, toy_set, parts):
         for strategy in STRATEGIES
         for name, job in jobs_of(folder / strategy, strategy, toy_set, parts).items()
     }
-    for strategy in STRATEGIES:
-        first = jobs[strategy, "stopped at one, resumed by two"]
-        assert processes.run({**first, "stop_after": 2})["error"][0] == "Interrupted"
+    for strategy, name in itertools.product(STRATEGIES, BY_ONE_FIRST):
+        assert processes.run({**jobs[strategy, name], "stop_after": 2})["error"][0] == "Interrupted"
+    steps = {"stage": "muon steps", "state": str(folder / "muon.pt"), "keep": 2, "last": 4}
+    one = {"muon steps": processes.run({**steps, "first": 0})}
+    steps.pop("keep")
+    jobs |= {("muon steps", first): {**steps, "first": first} for first in (0, 2)}
     two = dict(zip(jobs, processes.together(list(jobs.values()), folder / "logs"), strict=True))
-    one = {}
     for name in (*SAME, "half precision"):
         job = copy.deepcopy(jobs["ddp", name])
         job.pop("stop_after", None)
@@ -97,8 +102,11 @@ def state(job):
     assert folder.name.endswith(f"{job['recipe']['train']['steps']}")
     found = {f"model/{name}": tensor for name, tensor in load_file(folder / "model.safetensors").items()}
     found |= {f"ema/{name}": tensor for name, tensor in load_file(folder / "ema.safetensors").items()}
-    optimizer = torch.load(folder / "optimizer.pt", weights_only=True)["optimizer"]["state"]
-    return found | {f"{key}/{n}": tensor for n, entries in optimizer.items() for key, tensor in entries.items()}
+    optimizer = torch.load(folder / "optimizer.pt", weights_only=True)["optimizer"]
+    for number, part in enumerate(optimizer.get("parts", [optimizer])):
+        entries = [(key, n, tensor) for n, each in part["state"].items() for key, tensor in each.items()]
+        found |= {f"{key}/{n}" + (f"/{number}" if number else ""): tensor for key, n, tensor in entries}
+    return found
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -115,12 +123,23 @@ def test_two_processes_are_one(runs, strategy, name):
         assert [outcome["error"] for outcome in theirs] == [None] * 2
         assert theirs[0]["losses"] == theirs[1]["losses"]
         losses = theirs[0]["losses"]
-    expected = mine["losses"][2:] if name == "stopped at one, resumed by two" else mine["losses"]
-    assert losses == pytest.approx(expected, rel=1e-6, abs=1e-6)
+    expected = mine["losses"][2:] if name in BY_ONE_FIRST else mine["losses"]
+    # Muon rounds gradients to bfloat16 and makes small parts of them large: a last bit may show. See its own test.
+    near = 1e-4 if name == "muon" else 1e-6
+    assert losses == pytest.approx(expected, rel=near, abs=near)
     found, expected = state(jobs[strategy, name]), state(jobs["one", name])
     assert found.keys() == expected.keys()
     for key, tensor in expected.items():
-        torch.testing.assert_close(found[key], tensor, rtol=1e-6, atol=1e-6, msg=lambda m, key=key: f"{key}: {m}")
+        torch.testing.assert_close(found[key], tensor, rtol=near, atol=near, msg=lambda m, key=key: f"{key}: {m}")
+
+
+@pytest.mark.parametrize("first", [0, 2])
+def test_muon_takes_the_same_steps_with_sharded_matrices(runs, first):
+    """Of given gradients; from the start, and going on with what one process has left."""
+    _, two, one = runs
+    for process in two["muon steps", first]:
+        for found, expected in zip(process["weights"], one["muon steps"]["weights"], strict=True):
+            torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

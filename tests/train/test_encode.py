@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from latteflow.data import shards
@@ -23,7 +23,9 @@ from latteflow.errors import UserError
 from latteflow.models.autoencoder import encode_pictures
 from latteflow.pipeline import LatteFlowPipeline
 from latteflow.train.encode import EncodeJob, EncodeProgress, encode
+from latteflow.train.encode_job import job_of
 from latteflow.train.encode_parts import load_encoder, load_prompter
+from latteflow.train.recipe import EncodeSection, GeneratorRecipe
 from picture_sets import BROKEN, ListSource, encoded, picture, write_image_folder, write_parquet, write_webdataset
 from toys import toy_vae
 
@@ -128,6 +130,7 @@ class TestGoingOn:
 
     @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(stop=st.integers(0, 16), call=st.sampled_from(["save_file", "os.fsync", "os.replace"]))
+    @example(stop=15, call="os.fsync")  # all is there, and the manifest's name is not yet forced to the disk
     def test_killed_anywhere_it_ends_with_the_bytes_of_a_straight_run(
         self, parts, tmp_path_factory, monkeypatch, straight, stop, call
     ):
@@ -145,7 +148,7 @@ class TestGoingOn:
             try:
                 encode(whole_job(parts, folder))
             except KeyboardInterrupt:
-                assert not (folder / "manifest.json").exists()
+                assert not (folder / "manifest.json").exists() or files(folder) == straight
         encode(whole_job(parts, folder))
         assert files(folder) == straight
 
@@ -342,6 +345,22 @@ class TestParts:
 def test_what_cannot_be_encoded(parts, tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         encode(dataclasses.replace(job(parts, tmp_path / "out"), **changes))
+
+
+def test_all_that_a_recipe_says_of_encoding_is_passed_on(parts, tmp_path):
+    said = {"output": "x", "shard_size": 7, "batch_size": 5, "dtype": "float16", "contexts": True, "backend": "ray"}
+    said |= {"workers": 3, "device": "cpu", "readers": 2, "cpu_threads": 6}
+    assert said.keys() == EncodeSection.model_fields.keys()
+    assert all(EncodeSection(output="y").model_dump()[field] != value for field, value in said.items())
+    data = {"kind": "shapes", "path": "", "size": 32}
+    generator = {"autoencoder": f"{parts}/autoencoder", "backbone": f"{parts}/backbone"}
+    recipe = GeneratorRecipe(
+        stage="generator", output="z", data=data, train={"steps": 1, "batch_size": 1}, generator=generator, encode=said
+    )
+    job = job_of(recipe)
+    assert (str(job.folder), job.backbone) == (said.pop("output"), generator["backbone"])
+    assert said.pop("contexts")
+    assert {field: getattr(job, field) for field in said} == said
 
 
 def test_progress_counts_every_sample_once(parts, tmp_path):

@@ -12,7 +12,7 @@ from latteflow.data.prompts import WHAT, Turn
 from latteflow.data.transforms import patches_of
 from latteflow.errors import UserError
 from latteflow.train.backbone import BackboneStage
-from latteflow.train.build import build_stage, load_unlabelled
+from latteflow.train.build import build_stage, load_others
 from latteflow.train.classifier import KEYS, PictureClassifier, classes_of
 from latteflow.train.loop import train
 from latteflow.train.recipe import BackboneSection, DataSection, Recipe
@@ -146,7 +146,7 @@ def test_pictures_are_told_apart_from_blends():
 
 
 def test_labels_go_with_labelled_whole_pictures_only(tmp_path, toy_set, teacher, monkeypatch):
-    shares = {"unlabelled_share": 0.25, "blend_share": 0.5, "mild_share": 0.25}
+    shares = {"others_share": 0.25, "blend_share": 0.5, "mild_share": 0.25}
     stage = build_stage(recipe_of(tmp_path, toy_set, teacher, shares))
     extra = torch.arange(36) % 5 == 0
     stage.images = replace(
@@ -168,19 +168,39 @@ def test_labels_go_with_labelled_whole_pictures_only(tmp_path, toy_set, teacher,
     assert 5 < ignored[9:].sum() < 22
     assert torch.equal(handed["group"] == -100, ignored)
     unstyled = handed["style"] == -100
-    assert unstyled[ignored].all()  # what is not one thing has no style
-    assert unstyled[extra].all()
-    assert 1 <= (~unstyled).sum() < (~ignored).sum() - extra[9:].sum() // 2  # distorted pictures have none either
+    assert unstyled[9:][ignored[9:]].all()  # what is not one thing has no style
+    assert unstyled[9:][extra[9:]].all()
+    assert 1 <= (~unstyled[9:]).sum() < (~ignored[9:]).sum() - extra[9:].sum() // 2  # nor have distorted pictures
     for key in KEYS:
-        known = handed[key] != -100
-        assert torch.equal(handed[key][known], stage.wanted[key][index][known])
+        known = handed[key][9:] != -100
+        assert torch.equal(handed[key][9:][known], stage.wanted[key][9:][known])
     assert (stage.wanted["concept"] >= 0).all()  # the stage's own labels are as they were
     assert torch.equal(stage.wanted["style"] == -100, extra)
 
 
-def test_unlabelled_pictures_are_all_of_the_training_set(toy_set):
+def test_other_pictures_have_their_style_for_a_label(tmp_path, toy_set, teacher, monkeypatch):
+    stage = build_stage(recipe_of(tmp_path, toy_set, teacher, {"others_share": 1.0, "mild_share": 1.0}))
+    assert torch.equal(stage.other_styles, stage.wanted["style"])  # here the others are the same pictures
+    stage.other_styles[::2] = -100  # as if in extra styles
+    handed, shown = {}, []
+
+    def recorded(teacher, pictures, scores, cells, wanted):
+        handed.update(wanted)
+        return torch.tensor(0.0), {}
+
+    monkeypatch.setattr("latteflow.train.vision.teaching_loss", recorded)
+    monkeypatch.setattr(
+        type(stage.others), "batch", lambda self, index: shown.append(index) or torch.zeros(len(index), 3, 32, 32)
+    )
+    stage.loss(stage.model, samples_of(torch.arange(36)), None)
+    assert torch.equal(handed["style"], stage.other_styles[shown[1]])
+    assert (handed["concept"] == -100).all()
+    assert (handed["group"] == -100).all()
+
+
+def test_other_pictures_are_all_of_the_training_set(toy_set):
     data = DataSection(path=str(toy_set), styles=("tiny",), skin_tones=("none",))
-    assert len(load_unlabelled(data)) == 36
+    assert len(load_others(data)) == 36
 
 
 def test_it_trains_and_hands_its_tower_to_the_backbone(tmp_path, toy_set, teacher):

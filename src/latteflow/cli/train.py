@@ -22,6 +22,15 @@ def train(
         Literal["auto", "never"],
         typer.Option(help="auto goes on from the newest whole checkpoint, where there is one."),
     ] = "auto",
+    on_ray: Annotated[
+        bool, typer.Option("--on-ray", help="Train each expert group by itself on Ray, and merge them.")
+    ] = False,
+    per_group: Annotated[
+        str,
+        typer.Option(
+            help="With --on-ray: what a group takes, such as CPU=4,GPU=1; left out, a GPU where there are any."
+        ),
+    ] = "",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what the run would be, and stop.")] = False,
     device: Annotated[str, typer.Option(help="With --dry-run: an accelerator by name.")] = "h100-sxm",
     devices: Annotated[int, typer.Option(help="With --dry-run: how many.")] = 8,
@@ -34,9 +43,15 @@ def train(
     if dry_run:
         _plan(settings, device, devices, mfu)
         return
-    if resume == "never" and (Path(settings.output) / "checkpoints").exists():
+    if per_group and not on_ray:
+        raise UserError("--per-group is what a group takes on Ray: give --on-ray too, or leave it out")
+    kept = [found for where in ("checkpoints", "group-*/checkpoints") for found in Path(settings.output).glob(where)]
+    if resume == "never" and kept:
         raise UserError(f"{settings.output} holds checkpoints: give another output, or leave --resume never out")
-    _run(settings)
+    if on_ray:
+        _run_on_ray(settings, _resources(per_group))
+    else:
+        _run(settings)
 
 
 def _plan(settings: Any, device: str, devices: int, mfu: float) -> None:
@@ -102,3 +117,48 @@ def _described(step: Step) -> str:
     minutes, seconds = divmod(round(step.seconds_left), 60)
     parts.append(f"{minutes // 60}:{minutes % 60:02}:{seconds:02} left")
     return " ".join(parts)
+
+
+def _run_on_ray(settings: Any, resources: dict[str, float]) -> None:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    from latteflow.train.guard import TrainingDiverged
+    from latteflow.train.loop import Stopped
+    from latteflow.train.on_ray import train_on_ray
+
+    console = Console(stderr=True)
+    bars = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=console)
+    tasks: dict[int, Any] = {}
+
+    def watch(group: int, step: Step) -> None:
+        bars.start()  # not before there is something to show
+        if group not in tasks:
+            tasks[group] = bars.add_task("", total=step.steps)
+        bars.update(tasks[group], completed=step.step, description=f"group {group}: {_described(step)}")
+
+    try:
+        final = train_on_ray(settings, resources=resources, watch=watch)
+    except Stopped as stop:
+        console.print(str(stop), highlight=False)
+        return
+    except (TrainingDiverged, OSError) as error:
+        raise UserError(str(error)) from error
+    finally:
+        if tasks:
+            bars.stop()
+    print(f"trained weights: {final}")
+
+
+def _resources(text: str) -> dict[str, float]:
+    """Read what a group takes: ``CPU=4,GPU=1``."""
+    found = {}
+    for part in filter(None, text.split(",")):
+        name, _, amount = part.partition("=")
+        try:
+            found[name.strip()] = float(amount)
+        except ValueError:
+            found[""] = 0.0
+    if "" in found or not all(amount > 0 for amount in found.values()):
+        raise UserError(f"--per-group {text} is not of the form CPU=4,GPU=1")
+    return found

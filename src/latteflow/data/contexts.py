@@ -78,6 +78,23 @@ class ContextShards:
         self._ends = list(itertools.accumulate(entry["captions"] for entry in manifest["shards"]))
         self._opened: dict[str, dict[str, torch.Tensor]] = {}
 
+    def require(self, backbone: Mapping[str, Any]) -> None:
+        """Refuse contexts of another backbone.
+
+        Args:
+            backbone: what ``backbone_identity`` says of the one they are to be of.
+
+        Raises:
+            UserError: they are of another; both are named.
+        """
+        theirs = self.manifest["backbone"]
+        if theirs["sha256"] != backbone["sha256"]:
+            named = [f"{one['name']!r} (sha256 {one['sha256'][:12]})" for one in (theirs, backbone)]
+            raise UserError(
+                f"the contexts in {self.folder} are of backbone {named[0]}, and the recipe's is {named[1]}: encode "
+                "anew into another folder, or change generator.backbone"
+            )
+
     def __len__(self) -> int:
         return self._ends[-1]
 

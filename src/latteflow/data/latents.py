@@ -159,21 +159,29 @@ class LatentShards:
     def __init__(self, folder: str | Path, expected: Mapping[str, Any] | None = None) -> None:
         self.folder = Path(folder)
         self.manifest = _read_manifest(self.folder)
-        for field, wanted in (expected or {}).items():
-            found = _field(self.manifest, field)
-            if wanted is not None and found != json.loads(json.dumps(wanted)):
-                raise UserError(
-                    f"the latents in {folder} have {field}={found!r}, and the recipe asks for {wanted!r}: encode anew "
-                    "into another folder, or change the recipe"
-                )
+        self.require(expected or {})
         self._entries: list[dict[str, Any]] = self.manifest["shards"]
         for entry in self._entries:
             _check_size(self.folder / entry["file"], entry["bytes"])
         self._ends = list(itertools.accumulate(entry["samples"] for entry in self._entries))
-        self._opened: dict[int, dict[str, torch.Tensor]] = {}
+        self._opened: dict[int, tuple[dict[str, torch.Tensor], dict[str, Any]]] = {}
         self.contexts = None
         if "contexts" in self.manifest:
             self.contexts = ContextShards(self.folder, self.manifest["contexts"])
+
+    def require(self, expected: Mapping[str, Any]) -> None:
+        """Refuse latents that are not as expected, which is given as to the class.
+
+        Raises:
+            UserError: a field is not; it is named.
+        """
+        for field, wanted in expected.items():
+            found = _field(self.manifest, field)
+            if wanted is not None and found != json.loads(json.dumps(wanted)):
+                raise UserError(
+                    f"the latents in {self.folder} have {field}={found!r}, and the recipe asks for {wanted!r}: encode "
+                    "anew into another folder, or change the recipe"
+                )
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -199,8 +207,21 @@ class LatentShards:
     @cached_property
     def buckets(self) -> torch.Tensor:
         """Each sample's bucket, int64 (number,)."""
-        parts = [self._shard(number)["bucket"] for number in range(len(self._entries))]
+        parts = [self._shard(number)[0]["bucket"] for number in range(len(self._entries))]
         return torch.cat([torch.zeros(0, dtype=torch.int64), *parts])
+
+    @cached_property
+    def good(self) -> torch.Tensor:
+        """Which of the source's samples are here, bool (number of the source's samples,): the bad ones are not."""
+        if self.manifest.get("bad") == 0:
+            return torch.ones(len(self), dtype=torch.bool)
+        parts = [torch.zeros(0, dtype=torch.bool)]
+        for number, entry in enumerate(self._entries):
+            places = [place for place, _, _ in self._shard(number)[1]["skipped"]]
+            part = torch.ones(entry["samples"] + len(places), dtype=torch.bool)
+            part[places] = False
+            parts.append(part)
+        return torch.cat(parts)
 
     def name(self, index: int) -> str:
         """Return what a sample is called in its source."""
@@ -238,12 +259,12 @@ class LatentShards:
         if not 0 <= index < len(self):
             raise IndexError(index)
         number = bisect_right(self._ends, index)
-        return self._shard(number), index - (self._ends[number - 1] if number else 0)
+        return self._shard(number)[0], index - (self._ends[number - 1] if number else 0)
 
-    def _shard(self, number: int) -> dict[str, torch.Tensor]:
+    def _shard(self, number: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         if number not in self._opened:
             try:
-                self._opened[number], _ = open_shard(self.folder / self._entries[number]["file"])
+                self._opened[number] = open_shard(self.folder / self._entries[number]["file"])
             except ShardDamaged as error:
                 raise UserError(f"{error}: delete it and encode again") from error
         return self._opened[number]

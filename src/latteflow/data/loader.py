@@ -24,3 +24,14 @@ def batch_indices(step: int, *, number: int, batch_size: int, seed: int) -> torc
     order = torch.cat([torch.randperm(number, generator=generator_of(seed, "epoch", epoch)) for epoch in epochs])
     start = first - epochs[0] * number
     return order[start : start + batch_size]
+
+
+def kept_apart(number: int, validation: int) -> torch.Tensor:
+    """Return which samples of a source are kept for validation, bool (number,).
+
+    They are drawn from all over the source, which may be sorted by class, and follow from the two numbers alone: every
+    run and process keeps the same. A larger ``validation`` keeps those of a smaller one too.
+    """
+    apart = torch.zeros(number, dtype=torch.bool)
+    apart[torch.randperm(number, generator=generator_of(0, "validation"))[:validation]] = True
+    return apart

@@ -21,8 +21,8 @@ _log = logging.getLogger(__name__)
 class Quarantined:
     """A source whose bad samples are replaced.
 
-    The replacement follows from the epoch and the index alone, and from which samples are bad: whichever process reads
-    it, and whenever, it is the same. Several processes may write to one folder.
+    The replacement follows from the epoch and the index, and from which samples are bad and which may stand in:
+    whichever process reads it, and whenever, it is the same. Several processes may write to one folder.
 
     Args:
         source: where samples come from.
@@ -54,27 +54,38 @@ class Quarantined:
         """Return what a sample is called."""
         return self.source.name(index)
 
-    def read(self, index: int, epoch: int) -> Sample:
+    def read(self, index: int, epoch: int, among: torch.Tensor | None = None) -> Sample:
         """Return a sample, or what stands in for it.
+
+        Args:
+            index: of the sample.
+            epoch: in another, another stands in.
+            among: int64, the indices of those that may stand in; left out, all.
 
         Raises:
             UserError: more samples are bad than the limit allows.
         """
-        return self.resolve(index, epoch)[1]
+        return self.resolve(index, epoch, among)[1]
 
-    def resolve(self, index: int, epoch: int) -> tuple[int, Sample]:
-        """Return the index that was read in the end, and its sample; raises what ``read`` raises."""
-        sample = self._try(index)
+    def resolve(self, index: int, epoch: int, among: torch.Tensor | None = None) -> tuple[int, Sample]:
+        """Return the index that was read in the end, and its sample; takes and raises what ``read`` does."""
+        sample = self.good(index)
         if sample is not None:
             return index, sample
-        order = torch.randperm(len(self.source), generator=generator_of(0, "replacement", epoch, index))
-        for other in map(int, order):
-            sample = self._try(other)
+        others = torch.arange(len(self.source)) if among is None else among
+        order = torch.randperm(len(others), generator=generator_of(0, "replacement", epoch, index))
+        for other in map(int, others[order]):
+            sample = self.good(other)
             if sample is not None:
                 return other, sample
-        raise UserError(f"none of the {len(self.source)} samples can be read: see {self.file}")
+        raise UserError(f"none of the {len(others)} samples can be read: see {self.file}")
 
-    def _try(self, index: int) -> Sample | None:
+    def good(self, index: int) -> Sample | None:
+        """Return a sample, or None where it is bad.
+
+        Raises:
+            UserError: more samples are bad than the limit allows.
+        """
         name = self.source.name(index)
         if name in self._known:
             return None

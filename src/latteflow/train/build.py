@@ -14,7 +14,6 @@ from latteflow.errors import UserError
 from latteflow.train.autoencoder import AutoencoderStage
 from latteflow.train.backbone import BackboneStage
 from latteflow.train.classifier import ClassifierStage
-from latteflow.train.encode_parts import load_encoder
 from latteflow.train.feeds import Feed, MemoryFeed
 from latteflow.train.generator import GeneratorStage
 from latteflow.train.recipe import (
@@ -50,7 +49,7 @@ def build_stage(recipe: AnyRecipe) -> Stage:
         return BackboneStage(recipe.backbone, images, heldout)
     if isinstance(recipe, ClassifierRecipe):
         return ClassifierStage(recipe.classifier, images, heldout)
-    return VisionStage(recipe.vision, images, heldout, load_unlabelled(recipe.data))
+    return VisionStage(recipe.vision, images, heldout, load_others(recipe.data))
 
 
 def _feed_of(recipe: GeneratorRecipe) -> tuple[Feed, int]:
@@ -60,9 +59,7 @@ def _feed_of(recipe: GeneratorRecipe) -> tuple[Feed, int]:
         images, heldout = (load_split(data, split) for split in ("train", "heldout"))
         return MemoryFeed(images, heldout, settings.captions_per_image, recipe.train.seed), images.pixels.shape[-1]
     if data.kind == "latents":
-        _, identity = load_encoder(settings.autoencoder)
-        expected = {f"autoencoder.{field}": identity[field] for field in ("sha256", "latent_scale")}
-        shards = LatentShards(data.path, {**expected, "size": data.size})
+        shards = LatentShards(data.path, {"size": data.size})
         return LatentFeed(shards, data.validation), shards.manifest["size"]
     if data.size is None:
         raise UserError("data.size is missing: how many pixels a side, such as 256")
@@ -87,9 +84,7 @@ def load_split(data: DataSection, split: str) -> CaptionedImages:
     return images
 
 
-def load_unlabelled(data: DataSection) -> torch.Tensor:
-    """Read every training picture of the set, whatever the recipe's filters: uint8 (number, 3, height, width)."""
+def load_others(data: DataSection) -> CaptionedImages:
+    """Read every training picture of the set, whatever the recipe's filters."""
     images = load_captioned_images(data.path, "train")
-    if data.extra:
-        images = images.joined(load_captioned_images(data.path, "extra"))
-    return images.pixels
+    return images.joined(load_captioned_images(data.path, "extra")) if data.extra else images

@@ -7,6 +7,7 @@ so that optimizer, clipping and averaging work on them as on any tensor.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from itertools import islice
 from typing import Any, Literal
 
 import torch
@@ -75,7 +76,15 @@ def like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
 
 
 def sharded_optimizer_state(state: dict[str, Any], parameters: Iterable[torch.Tensor]) -> dict[str, Any]:
-    """Return a whole optimizer state spread as its parameters are, in the optimizer's order."""
+    """Return a whole optimizer state spread as its parameters are, in the optimizer's order.
+
+    Of several optimizers handled as one, each takes its own parameters, one after the other.
+    """
+    if "parts" in state:
+        rest = iter(parameters)
+        numbers = [sum(len(group["params"]) for group in part["param_groups"]) for part in state["parts"]]
+        own = [list(islice(rest, number)) for number in numbers]
+        return {"parts": [sharded_optimizer_state(*pair) for pair in zip(state["parts"], own, strict=True)]}
     numbered = dict(enumerate(parameters))
     spread = {
         number: {

@@ -6,14 +6,16 @@ sample in worker processes, and encoded on the device.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.utils.data import get_worker_info
 
 from latteflow.data.captioned import CaptionedImages
 from latteflow.data.loader import generator_of
 from latteflow.data.prompts import canonical_caption, draw_caption
+from latteflow.errors import UserError
 from latteflow.models.autoencoder import encode_pictures
 from latteflow.models.context import Context, concatenate
 from latteflow.pipeline import LatteFlowPipeline
@@ -30,6 +32,13 @@ class Feed:
     pipe: LatteFlowPipeline
     device: torch.device
 
+    def check(self, autoencoder: Mapping[str, Any], backbone: Mapping[str, Any]) -> None:
+        """Refuse what was computed ahead with other frozen parts than these, told by their identities.
+
+        Raises:
+            UserError: it was.
+        """
+
     def prepare(self, pipe: LatteFlowPipeline, device: torch.device) -> None:
         """Take the frozen parts, on their device, and compute what is computed ahead."""
         self.pipe, self.device = pipe, device
@@ -43,11 +52,38 @@ class Feed:
         return None
 
     def read(self, samples: Samples) -> Any:
-        """Return what comes from the disk; called in worker processes where there are some."""
-        return None
+        """Return what comes from the disk, for ``inputs``; called in worker processes where there are some.
+
+        What a worker raises comes to the user as the text of a traceback. That is right for a fault of the program;
+        a user's mistake and a failing disk are returned instead, and ``inputs`` raises them.
+
+        Raises:
+            UserError: the samples cannot be read, and this is no worker process.
+            OSError: the disk fails, and this is no worker process.
+        """
+        try:
+            return self._read(samples)
+        except (UserError, OSError) as error:
+            if get_worker_info() is None:
+                raise
+            # Made anew: what a library's own kind of OSError holds need not survive the way between processes.
+            return (UserError if isinstance(error, UserError) else OSError)(str(error))
 
     def inputs(self, samples: Samples, data: Any, prompt_dropout: float) -> tuple[torch.Tensor, Context]:
-        """Return latents (n, channels, height, width) and contexts on the device, some of the empty prompt."""
+        """Return latents (n, channels, height, width) and contexts on the device, some of the empty prompt.
+
+        Raises:
+            UserError: ``data`` could not be read.
+            OSError: ``data`` could not be read.
+        """
+        if isinstance(data, (UserError, OSError)):
+            raise data
+        return self._inputs(samples, data, prompt_dropout)
+
+    def _read(self, samples: Samples) -> Any:
+        return None
+
+    def _inputs(self, samples: Samples, data: Any, prompt_dropout: float) -> tuple[torch.Tensor, Context]:
         raise NotImplementedError
 
     def validation(self) -> Iterator[tuple[torch.Tensor, Context]]:
@@ -89,7 +125,7 @@ class MemoryFeed(Feed):
         index = torch.linspace(0, self.number - 1, min(2048, self.number)).long()
         return channel_statistics([vae.encode(self.images.batch(part)).latent for part in index.split(_AT_ONCE)], vae)
 
-    def inputs(self, samples: Samples, data: Any, prompt_dropout: float) -> tuple[torch.Tensor, Context]:
+    def _inputs(self, samples: Samples, data: Any, prompt_dropout: float) -> tuple[torch.Tensor, Context]:
         """Pick what was computed ahead."""
         caption = samples.integers("caption", self.captions_per_image)
         dropped = samples.rand("dropped prompt") < prompt_dropout

@@ -48,8 +48,9 @@ class GeneratorStage(Stage):
         self.number = feed.number
         for part in ("autoencoder", "backbone"):
             _require_there(part, getattr(settings, part))
-        vae, _ = load_encoder(settings.autoencoder)
-        backbone, processor, _ = load_prompter(settings.backbone)
+        vae, vae_identity = load_encoder(settings.autoencoder)
+        backbone, processor, backbone_identity = load_prompter(settings.backbone)
+        feed.check(vae_identity, backbone_identity)
         mean, std = feed.statistics(vae)
         replica = LatteFlowTransformer.from_backbone(
             backbone,

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor, Replicate
 
 from latteflow.train.recipe import TrainSection
 
@@ -37,6 +38,38 @@ class Together(torch.optim.Optimizer):
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
 
+class ShardedMuon(torch.optim.Muon):
+    """Muon of matrices that are sharded over processes.
+
+    Orthogonalised part by part, in bfloat16, a matrix would get another step on every number of processes. So each
+    process brings a matrix's update together, orthogonalises it whole, and keeps its own part. Momentum stays sharded.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Take a step; every process has to, with gradients of the same matrices."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(p.grad)
+                momentum = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
+                update = p.grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
+                step = DTensor.from_local(_whole_step(update.full_tensor(), group), p.device_mesh, [Replicate()])
+                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(step.redistribute(placements=p.placements))
+
+
+def _whole_step(update: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
+    """Return what PyTorch's Muon adds to a matrix for an update in which momentum is already."""
+    matrix = nn.Parameter(torch.zeros_like(update))
+    matrix.grad = update
+    settings = {name: group[name] for name in ("lr", "ns_coefficients", "eps", "ns_steps", "adjust_lr_fn")}
+    torch.optim.Muon([matrix], weight_decay=0.0, momentum=0.0, nesterov=False, **settings).step()
+    return matrix.detach()
+
+
 def build_optimizer(model: nn.Module, settings: TrainSection) -> torch.optim.Optimizer:
     """Return the optimizer that a recipe asks for, over all parameters of ``model`` that are trained.
 
@@ -49,10 +82,9 @@ def build_optimizer(model: nn.Module, settings: TrainSection) -> torch.optim.Opt
     inner = [parameter for parameter in hidden_matrices(model) if parameter.requires_grad]
     chosen = {id(parameter) for parameter in inner}
     others = [parameter for parameter in parameters if id(parameter) not in chosen]
+    muon = ShardedMuon if any(isinstance(parameter, DTensor) for parameter in inner) else torch.optim.Muon
     return Together(
-        torch.optim.Muon(
-            inner, settings.learning_rate, weight_decay=settings.weight_decay, adjust_lr_fn="match_rms_adamw"
-        ),
+        muon(inner, settings.learning_rate, weight_decay=settings.weight_decay, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(_decay_groups(others, settings.weight_decay), settings.learning_rate, betas),
     )
 

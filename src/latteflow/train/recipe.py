@@ -67,7 +67,7 @@ class DataSection(Section):
     quarantine_limit: Probability = 0.01
     """The share of samples that may be unreadable."""
     validation: NonNegativeInt = 512
-    """How many samples, the last ones, are kept for validation; of a captioned set, its own held-out ones are."""
+    """How many samples, of all over the source, are kept for validation; of a captioned set, its held-out ones are."""
     selection: Literal["all", "drawable"] = "all"
     """A choice of concepts by rules, the same for every split (``latteflow.data.selection``)."""
     extra: bool = False
@@ -163,9 +163,10 @@ class VisionSection(Section):
     vision_width: PositiveInt = 192
     vision_heads: PositiveInt = 4
     patch_size: PositiveInt = 8
-    unlabelled_share: Probability = 0.3
-    """Share of pictures that come from the whole training set, with what the selection leaves out, unlabelled."""
-    mild_share: Probability = 0.4
+    others_share: Probability = 0.4
+    """Share of pictures that come from the whole training set, with what the selection leaves out; the teacher and
+    their styles say what they are."""
+    mild_share: Probability = 0.5
     """Share of pictures that are only moved, by whole pixels; the others are distorted."""
     blend_share: Probability = 0.6
     """Share of the distorted pictures that another one is laid over."""
@@ -224,6 +225,12 @@ class EncodeSection(Section):
     backend: Literal["local", "ray"] = "local"
     workers: NonNegativeInt = 0
     """Ray actors, each with an autoencoder of its own; 0 for one a device."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """``auto``: a GPU where there is one."""
+    readers: PositiveInt = 4
+    """Threads a worker that read pictures ahead."""
+    cpu_threads: PositiveInt = 1
+    """Threads a worker that compute, without a GPU."""
 
 
 class GeneratorSection(Section):

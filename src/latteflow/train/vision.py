@@ -197,7 +197,7 @@ class VisionStage(Stage):
     """The tower of a small backbone: labelled pictures, and any others, seen as the teacher sees them."""
 
     def __init__(
-        self, settings: VisionSection, images: CaptionedImages, heldout: CaptionedImages, unlabelled: torch.Tensor
+        self, settings: VisionSection, images: CaptionedImages, heldout: CaptionedImages, others: CaptionedImages
     ) -> None:
         """Build an untrained tower.
 
@@ -205,9 +205,9 @@ class VisionStage(Stage):
             settings: the recipe's section.
             images: labelled training pictures.
             heldout: pictures to measure on.
-            unlabelled: uint8 (number, 3, height, width), further training pictures.
+            others: further training pictures, of whose labels only the style is used.
         """
-        self.settings, self.images, self.heldout, self.unlabelled = settings, images, heldout, unlabelled
+        self.settings, self.images, self.heldout, self.others = settings, images, heldout, others
         self.classes = classes_of(images.records)
         self.teacher = load_classifier(settings.teacher, what="teacher")
         self.teacher.forget_concepts(self.classes["concept"])
@@ -217,6 +217,11 @@ class VisionStage(Stage):
             Readers(settings.hidden_size, {key: len(values) for key, values in self.classes.items()}, taught=True),
         )
         self.wanted = answerable(images.records, self.classes)
+        # What else there is tells styles from things: the few labelled pictures alone are learnt by heart.
+        number = {style: i for i, style in enumerate(self.classes["style"])}
+        self.other_styles = torch.tensor(
+            [_IGNORED if record.extra else number.get(record.style, _IGNORED) for record in others.records]
+        )
         self.number = len(images)
         self.device = torch.device("cpu")
 
@@ -226,19 +231,20 @@ class VisionStage(Stage):
         self.teacher.to(device)
 
     def loss(self, model: nn.Module, samples: Samples, data: Any) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
-        """Return the loss of the pictures, some of them replaced by unlabelled ones."""
+        """Return the loss of the pictures, some of them replaced by others."""
         index, generator = samples.index, samples.generator
         pictures = self.images.batch(index)
         wanted = {key: numbers[index] for key, numbers in self.wanted.items()}
-        strange = round(self.settings.unlabelled_share * len(index)) if len(self.unlabelled) else 0
+        strange = round(self.settings.others_share * len(index)) if len(self.others) else 0
+        drawn = torch.randint(max(1, len(self.others)), (strange,), generator=generator)
         if strange:
-            drawn = torch.randint(len(self.unlabelled), (strange,), generator=generator)
-            pictures[:strange] = self.unlabelled[drawn].float().div_(127.5).sub_(1.0)
+            pictures[:strange] = self.others.batch(drawn)
+            for key, numbers in wanted.items():
+                numbers[:strange] = self.other_styles[drawn] if key == "style" else _IGNORED
         pictures, whole, mild = unlike_any(
             pictures, generator, mild_share=self.settings.mild_share, blend_share=self.settings.blend_share
         )
-        labelled = torch.arange(len(index)) >= strange
-        wanted = told_apart(wanted, whole & labelled, mild & labelled)
+        wanted = told_apart(wanted, whole, mild)
         pictures = pictures.to(self.device)
         scores, cells = model(*patches_of(pictures, patch_size=self.settings.patch_size))
         wanted = {key: numbers.to(self.device) for key, numbers in wanted.items()}
