@@ -18,16 +18,14 @@ from latteflow.nn.block import Modulation
 if TYPE_CHECKING:
     from latteflow.models.transformer import LatteFlowTransformer
 
-Rotary = tuple[torch.Tensor, torch.Tensor]
-"""Cosine and sine, each (B, N, head_dim)."""
-
 
 class Surroundings(NamedTuple):
-    """What stands around the latents of a call, whatever t is."""
+    """What stands around the latents of a group's call, whatever t is."""
 
-    rotary: Rotary
-    local_rotary: Rotary
-    """Of layers with a rotary base of their own."""
+    rotary: Sequence[tuple[torch.Tensor, torch.Tensor]]
+    """For each of the group's layers cosine and sine, each (B, N, head_dim)."""
+    context: Sequence[tuple[torch.Tensor, torch.Tensor]]
+    """For each the backbone layer's keys and values, each (B, key/value heads, T, head_dim)."""
     mask: torch.Tensor | None
     """Which keys latents see, bool (B, 1, 1, T + N); None where they see all."""
     places: torch.Tensor
@@ -59,7 +57,7 @@ class SamplingCache:
         self, transformer: LatteFlowTransformer, group: int, context: Context, rows: int, columns: int
     ) -> Surroundings:
         """Return what ``transformer.surroundings`` does; the same context is not looked at twice."""
-        key = (id(context), group if len(transformer.io) > 1 else 0, rows, columns)
+        key = (id(context), group, rows, columns)
         if key not in self._surroundings:
             # The context is kept, so that no other can get its id.
             self._surroundings[key] = (context, transformer.surroundings(group, context, rows, columns))
