@@ -63,19 +63,21 @@ class SamplingCache:
             self._surroundings[key] = (context, transformer.surroundings(group, context, rows, columns))
         return self._surroundings[key][1]
 
-    def moment(self, transformer: LatteFlowTransformer, group: int, t: float) -> Moment:
-        """Return what t does to its group, in the transformer's dtype; B is 1."""
+    def moment(self, transformer: LatteFlowTransformer, group: int, t: float, device: torch.device) -> Moment:
+        """Return what t does to its group, in the transformer's dtype; B is 1. Latents are on ``device``."""
         if t not in self._moments:
             times = [time for time in self._times if transformer.group_of(time) == group] if t in self._times else [t]
-            self._moments.update(zip(times, self._all_at_once(transformer, group, times), strict=True))
+            self._moments.update(zip(times, self._all_at_once(transformer, group, times, device), strict=True))
         return self._moments[t]
 
     @staticmethod
-    def _all_at_once(transformer: LatteFlowTransformer, group: int, times: Sequence[float]) -> list[Moment]:
+    def _all_at_once(
+        transformer: LatteFlowTransformer, group: int, times: Sequence[float], device: torch.device
+    ) -> list[Moment]:
         io = transformer.io_of(group)
         # A product of one row goes another way in CPU libraries, where the weights' place in memory decides the bits.
         rows = list(times) * (2 if len(times) == 1 else 1)
-        time = io.time_embedding(torch.tensor(rows, dtype=torch.float32, device=transformer.device))
+        time = io.time_embedding(torch.tensor(rows, dtype=torch.float32, device=device))
         layers = [transformer.layers[number].modulation_of(time) for number in transformer.layers_of(group)]
         shift, scale = io.modulation_of(time)
         return [

@@ -250,7 +250,10 @@ class LatteFlowTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         if cache is None or isinstance(t, torch.Tensor):
             around, moment = self.surroundings(group, context, rows, columns), self._moment(group, x_t, t)
         else:
-            around, moment = cache.surroundings(self, group, context, rows, columns), cache.moment(self, group, t)
+            around, moment = (
+                cache.surroundings(self, group, context, rows, columns),
+                cache.moment(self, group, t, x_t.device),
+            )
         layers = [self.layers[number] for number in self.layers_of(group)]
         return self._through(layers, self.io_of(group), x_t, around, moment)
 
