@@ -87,4 +87,5 @@ class SamplingCache:
 
 
 def _row(modulation: Modulation, i: int) -> Modulation:
-    return Modulation(*(None if part is None else part[i : i + 1] for part in modulation))
+    *scales, gate = modulation
+    return Modulation(*(part[i : i + 1] for part in scales), gate=None if gate is None else gate[i : i + 1])

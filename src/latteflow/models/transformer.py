@@ -297,7 +297,7 @@ class LatteFlowTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
             self.io_of(group).patch_embedding.places_of(rows, columns),
         )
 
-    def _run(self, layer: nn.Module, *given: torch.Tensor, **named: Any) -> Any:
+    def _run(self, layer: nn.Module, *given: Any, **named: Any) -> Any:
         """Call a layer; with gradient checkpointing, forget its activations until they are needed."""
         if torch.is_grad_enabled() and self.gradient_checkpointing:
             return cast(Any, self._gradient_checkpointing_func)(partial(layer, **named), *given)
