@@ -111,10 +111,10 @@ def record_times(stage: Any) -> list[str]:
     """Return a list of the dtypes that times reach the experts in."""
     expert, dtypes = getattr(stage.model, "expert", None), []
 
-    def recorded(group, x_t, t, context):
-        if str(t.dtype) not in dtypes:
+    def recorded(group, x_t, t, context, cache=None):
+        if isinstance(t, torch.Tensor) and str(t.dtype) not in dtypes:  # previews have a number
             dtypes.append(str(t.dtype))
-        return expert(group, x_t, t, context)
+        return expert(group, x_t, t, context, cache)
 
     if expert is not None:
         stage.model.expert = recorded
