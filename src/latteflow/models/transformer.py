@@ -248,12 +248,11 @@ class LatteFlowTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.enter_group(group)
         rows, columns = (side // self.config.patch_size for side in x_t.shape[-2:])
         if cache is None or isinstance(t, torch.Tensor):
-            around, moment = self.surroundings(group, context, rows, columns), self._moment(group, x_t, t)
+            around = self.surroundings(group, context, rows, columns)
+            moment = self._moment(group, x_t, t)
         else:
-            around, moment = (
-                cache.surroundings(self, group, context, rows, columns),
-                cache.moment(self, group, t, x_t.device),
-            )
+            around = cache.surroundings(self, group, context, rows, columns)
+            moment = cache.moment(self, group, t, x_t.device)
         layers = [self.layers[number] for number in self.layers_of(group)]
         return self._through(layers, self.io_of(group), x_t, around, moment)
 
