@@ -103,7 +103,7 @@ def _steps(settings: Settings, experts: dict[int, LatteFlowTransformer]) -> Curv
 
         return call
 
-    cases = {
+    cases: dict[tuple[str, int], Callable[[int], object]] = {
         (_name(k), steps): whole(_case(replica, settings, steps=steps))
         for k, replica in experts.items()
         for steps in _points(STEPS, settings)

@@ -22,7 +22,7 @@ ROUNDS = 20
 def vanilla_of(experts: LatteFlowTransformer) -> LatteFlowTransformer:
     """Return the same layers' weights in one group: it costs what Vanilla costs, it does not draw what that would."""
     settings = {**experts.config, "num_groups": 1, "intervals": None, "shared_io": True}
-    vanilla = LatteFlowTransformer.from_config(settings)
+    vanilla: Any = LatteFlowTransformer.from_config(settings)
     vanilla.load_state_dict(
         experts.state_dict(), strict=False
     )  # gates of first layers, which experts have not, are new
@@ -82,8 +82,8 @@ def emoji_page(settings: Settings, watch: Callable[[str], object]) -> Page:
     made = (
         f"`{MODEL}` with its trained weights, float32, {settings.steps} steps, guidance {GUIDANCE:g}: the pipeline's "
         "call, prompt to PIL images, warm, in turns. Vanilla has the same layers' weights in one group. The bare "
-        f"matrix products are the {len(bare):,} products and convolutions of one such call, with its own tensors, run again "
-        "without anything between them."
+        f"matrix products are the {len(bare):,} products and convolutions of one such call, with its own tensors, run "
+        "again without anything between them."
     )
     body = table(header, rows) + "\n\n" + table(("ratio", ""), ratios)
     return Page("emoji", f"The embedded model {MODEL}", made, body)

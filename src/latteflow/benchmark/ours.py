@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import gcd
 from typing import Any
 
 import torch
@@ -78,7 +79,7 @@ def sampling_step(
     context = random_context(replica, pictures=pictures) if context is None else context
     velocity = GuidedVelocity(replica, context, times, Guidance(GUIDANCE))
     x = torch.randn(pictures, replica.config.latent_channels, side, side).to(replica.device)
-    stride = next(number for number in range(max(1, steps // 3), steps + 1) if _coprime(number, steps))
+    stride = next(number for number in range(max(1, round(0.56 * steps)), steps + 1) if gcd(number, steps) == 1)
 
     def step(number: int) -> torch.Tensor:
         with torch.no_grad():
@@ -162,9 +163,3 @@ class WholePicture:
 def random_autoencoder(name: str, device: torch.device, dtype: torch.dtype) -> Any:
     """Return a published DC-AE with random weights."""
     return with_random_weights(lambda: build_autoencoder(name, dtype, device), device, dtype)
-
-
-def _coprime(a: int, b: int) -> bool:
-    while b:
-        a, b = b, a % b
-    return a == 1

@@ -6,7 +6,7 @@ What every class does in a step is what its library's pipeline does, less the sc
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DiTTransformer2DModel, SanaTransformer2DModel
@@ -56,14 +56,14 @@ def janus_case(device: torch.device, dtype: torch.dtype, *, geometry: Mapping[st
         dtype: of everything.
         geometry: arguments of ``JanusConfig``.
     """
-    config = JanusConfig(**geometry)
+    config: Any = JanusConfig(**geometry)
     model = with_random_weights(lambda: _without_eyes(config), device, dtype)
     inner, tokens = model.model, config.vision_config.num_image_tokens
     language, keys = inner.language_model, _JANUS_PROMPT + config.vision_config.num_image_tokens
     cache = StaticCache(config=config.text_config, max_cache_len=keys)
-    embedding = torch.randn(2, 1, config.text_config.hidden_size, device=device, dtype=dtype)
     drawn = torch.zeros(1, tokens, dtype=torch.int64, device=device)
-    state: dict[str, Any] = {"embedding": embedding, "number": tokens}  # all drawn: a step begins with the prompt
+    first = torch.randn(2, 1, config.text_config.hidden_size, device=device, dtype=dtype)
+    state: dict[str, Any] = {"embedding": first, "number": tokens}  # all drawn: a step begins with the prompt
 
     @torch.no_grad()
     def prefill() -> torch.Tensor:
@@ -89,21 +89,19 @@ def janus_case(device: torch.device, dtype: torch.dtype, *, geometry: Mapping[st
     def decode() -> torch.Tensor:
         return model.decode_image_tokens(drawn)
 
-    text = config.text_config
-    per_token = matrix_numbers(language.layers, inner.generation_head, inner.generation_aligner)
-    attention = 2 * text.num_hidden_layers * keys * text.hidden_size
-    active = count(language.layers) + count(inner.generation_head) + count(inner.generation_aligner)
+    parts = (language.layers, inner.generation_head, inner.generation_aligner)
+    attention = 2 * config.text_config.num_hidden_layers * keys * config.text_config.hidden_size
+    active = sum(map(count, parts))
     return Case(
         name="Janus-Pro-1B",
-        what="transformers' JanusForConditionalGeneration parts in the loop of its generate, StaticCache, batch of 2 "
-        f"sequences, guidance {_JANUS_GUIDANCE:g}, multinomial; VQ decoder",
-        resolution=24 * 16 if tokens == 576 else config.vision_config.image_size,
+        what="transformers' JanusForConditionalGeneration, its parts as its generate calls them, StaticCache; VQ decoder",
+        resolution=config.vision_config.image_size,
         tokens=tokens,
         steps=tokens,
         passes=2,
-        parameters=count(language) + count(inner.generation_head) + count(inner.generation_aligner),
+        parameters=active + count(language.embed_tokens),
         active_parameters=active,
-        step_flops=2.0 * 2 * (per_token + attention),
+        step_flops=2.0 * 2 * (matrix_numbers(*parts) + attention),
         weight_bytes=active * dtype.itemsize,
         step=step,
         prefill=prefill,
@@ -129,9 +127,9 @@ def dit_case(
         autoencoder: arguments of ``AutoencoderKL``.
         steps: of a picture.
     """
-    model = with_random_weights(lambda: DiTTransformer2DModel(**geometry), device, dtype)
-    vae = with_random_weights(lambda: AutoencoderKL(**autoencoder), device, dtype)
-    config = cast(Any, model.config)
+    model: Any = with_random_weights(lambda: DiTTransformer2DModel(**geometry), device, dtype)
+    vae: Any = with_random_weights(lambda: AutoencoderKL(**autoencoder), device, dtype)
+    config = model.config
     side, channels = config.sample_size, config.in_channels
     latents = torch.randn(1, channels, side, side, device=device, dtype=dtype)
     classes = torch.tensor([1, config.num_embeds_ada_norm], device=device)
@@ -145,7 +143,7 @@ def dit_case(
 
     def decode() -> torch.Tensor:
         with torch.no_grad():
-            return cast(Any, vae.decode(latents)).sample
+            return vae.decode(latents).sample
 
     tokens, width = (side // config.patch_size) ** 2, config.num_attention_heads * config.attention_head_dim
     blocks = list(model.transformer_blocks)
@@ -191,9 +189,9 @@ def sana_case(
         steps: of a picture.
         resolution: pixels a side.
     """
-    model = with_random_weights(lambda: SanaTransformer2DModel(**geometry), device, dtype)
+    model: Any = with_random_weights(lambda: SanaTransformer2DModel(**geometry), device, dtype)
     vae = None if autoencoder is None else random_autoencoder(autoencoder, device, dtype)
-    config = cast(Any, model.config)
+    config = model.config
     side = resolution // 32
     latents = torch.randn(1, config.in_channels, side, side, device=device, dtype=dtype)
     caption = torch.randn(2, _SANA_PROMPT, config.caption_channels, device=device, dtype=dtype)
@@ -210,7 +208,7 @@ def sana_case(
 
     def decode() -> torch.Tensor:
         with torch.no_grad():
-            return cast(Any, vae).decode(latents).sample
+            return vae.decode(latents).sample
 
     return Case(
         name="SANA-1.6B",

@@ -28,7 +28,7 @@ def plot_curves(curves: Sequence[Curve], file: Path, note: str) -> None:
         file: a PNG.
         note: conditions, written below.
     """
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
 
     figure = Figure(figsize=(4 * len(curves), 4), layout="constrained")
     for number, curve in enumerate(curves):

@@ -71,9 +71,10 @@ def startup_page(settings: Settings, watch: Callable[[str], object]) -> Page:
         ("the same beyond their classes that a picture takes", seconds(drawn - classes)),
     ]
     made = (
-        f"Wall time of fresh processes, {settings.rounds(ROUNDS)} rounds in turns after one that does not count (files then come from "
-        f"memory); the picture is emoji-64's, {settings.steps} steps with guidance. diffusers and transformers import "
-        "their models late, so that `import diffusers` alone is less than any picture needs; both are shown."
+        f"Wall time of fresh processes, {settings.rounds(ROUNDS)} rounds in turns after one that does not count (files "
+        f"then come from memory); the picture is emoji-64's, {settings.steps} steps with guidance. diffusers and "
+        "transformers import their models late, so that `import diffusers` alone is less than any picture needs; both "
+        "are shown."
     )
     body = table(("process", "s", "10% to 90% (times)"), rows) + "\n\n" + table(("difference of medians", "s"), beyond)
     return Page("startup", "From nothing to a picture", made, body)
