@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from latteflow.benchmark import ours
@@ -103,7 +103,7 @@ def _steps(settings: Settings, experts: dict[int, LatteFlowTransformer]) -> Curv
 
         return call
 
-    cases: dict[tuple[str, int], Callable[[int], object]] = {
+    cases = {
         (_name(k), steps): whole(_case(replica, settings, steps=steps))
         for k, replica in experts.items()
         for steps in _points(STEPS, settings)
@@ -114,7 +114,7 @@ def _steps(settings: Settings, experts: dict[int, LatteFlowTransformer]) -> Curv
 def _curve(
     axis: str,
     what: str,
-    cases: dict[tuple[str, int], Callable[[int], object]],
+    cases: Mapping[tuple[str, int], Callable[[int], object]],
     settings: Settings,
     *,
     rounds: int,

@@ -76,7 +76,12 @@ def paper_page(settings: Settings, watch: Watch) -> Page:
     Args:
         settings: as elsewhere.
         watch: told what is being done.
+
+    Raises:
+        UserError: the preset's layers do not divide into 4 groups.
     """
+    if preset(settings.preset).num_layers % 4:
+        raise UserError(f"paper cuts the layers into 4 groups, and those of {settings.preset} do not divide by 4")
     limits = measure_limits(settings)
     cases = _build(settings, watch)
     bare = {name: Products(lambda name=name: cases[name].step(0)) for name in ("k4", "k1")}

@@ -94,7 +94,7 @@ def janus_case(device: torch.device, dtype: torch.dtype, *, geometry: Mapping[st
     active = sum(map(count, parts))
     return Case(
         name="Janus-Pro-1B",
-        what="transformers' JanusForConditionalGeneration, its parts as its generate calls them, StaticCache; VQ decoder",
+        what="transformers' JanusForConditionalGeneration, parts as its generate calls them, StaticCache; VQ decoder",
         resolution=config.vision_config.image_size,
         tokens=tokens,
         steps=tokens,
@@ -190,7 +190,7 @@ def sana_case(
         resolution: pixels a side.
     """
     model: Any = with_random_weights(lambda: SanaTransformer2DModel(**geometry), device, dtype)
-    vae = None if autoencoder is None else random_autoencoder(autoencoder, device, dtype)
+    vae: Any = None if autoencoder is None else random_autoencoder(autoencoder, device, dtype)
     config = model.config
     side = resolution // 32
     latents = torch.randn(1, config.in_channels, side, side, device=device, dtype=dtype)
