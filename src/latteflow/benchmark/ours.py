@@ -86,7 +86,7 @@ def sampling_step(
             return x + velocity(x, times[number * stride % steps]) / steps
 
     for number in range(steps):  # what t does to each group is computed once a picture: not in the step
-        velocity.cache.moment(replica, replica.intervals.group_of(times[number]), times[number])
+        velocity.cache.moment(replica, replica.intervals.group_of(times[number]), times[number], x.device)
     return step
 
 

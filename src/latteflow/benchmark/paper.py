@@ -70,18 +70,23 @@ class Row:
         return self.timing.median * self.case.steps_timed
 
 
+def check_preset(name: str) -> None:
+    """Look whether a preset can be cut as this benchmark cuts it.
+
+    Raises:
+        UserError: the preset's layers do not divide into 4 groups.
+    """
+    if preset(name).num_layers % 4:
+        raise UserError(f"paper cuts the layers into 4 groups, and those of {name} do not divide by 4")
+
+
 def paper_page(settings: Settings, watch: Watch) -> Page:
     """Build every model, let their steps take turns, draw a whole picture of each.
 
     Args:
         settings: as elsewhere.
         watch: told what is being done.
-
-    Raises:
-        UserError: the preset's layers do not divide into 4 groups.
     """
-    if preset(settings.preset).num_layers % 4:
-        raise UserError(f"paper cuts the layers into 4 groups, and those of {settings.preset} do not divide by 4")
     limits = measure_limits(settings)
     cases = _build(settings, watch)
     bare = {name: Products(lambda name=name: cases[name].step(0)) for name in ("k4", "k1")}

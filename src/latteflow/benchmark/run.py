@@ -13,7 +13,7 @@ import torch
 from latteflow.benchmark.curves import curves_page
 from latteflow.benchmark.emoji import emoji_page
 from latteflow.benchmark.limits import limits_page
-from latteflow.benchmark.paper import paper_page
+from latteflow.benchmark.paper import check_preset, paper_page
 from latteflow.benchmark.plots import plot_curves, require_matplotlib
 from latteflow.benchmark.report import Page, Settings, conditions, readme
 from latteflow.benchmark.startup import startup_page
@@ -51,9 +51,11 @@ def run_benchmarks(
         The files written.
 
     Raises:
-        UserError: no such benchmark, or matplotlib is wanted and not there.
+        UserError: no such benchmark, a preset that ``paper`` cannot cut, or matplotlib is wanted and not there.
     """
     chosen = chosen_names(names)
+    if "paper" in chosen:
+        check_preset(settings.preset)
     if plots and "curves" in chosen:
         require_matplotlib()
     torch.set_num_threads(settings.threads)
