@@ -235,6 +235,6 @@ def save_parts(folder: Path) -> Path:
     return folder
 
 
-def samples_of(index, seed=0):
+def samples_of(index, seed=0, step=0):
     """A whole batch of given samples."""
-    return Samples(index, torch.arange(len(index)), len(index), len(index), seed, 0)
+    return Samples(index, torch.arange(len(index)), len(index), len(index), seed, step)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from latteflow.errors import UserError
 from latteflow.flow.intervals import EDGE_TOLERANCE, Intervals
-from latteflow.flow.timesteps import balanced_groups, sample_timesteps
+from latteflow.flow.timesteps import balanced_groups, sample_timesteps, widened
 
 SEEDED = settings(deadline=None, derandomize=True, database=None)
 UNEVEN = Intervals.from_edges((0, 0.1, 0.35, 0.8, 1))
@@ -82,6 +82,21 @@ def test_logit_normal_times_route_back_to_their_group(num_groups, mean, std, mix
         groups, partition, density="logit_normal", mean=mean, std=std, uniform_mix=mix, generator=seeded(seed)
     )
     assert torch.equal(partition.group_of(t), groups)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.4, 0.0])
+@pytest.mark.parametrize("k", range(4))
+def test_widened_times_fill_what_lies_between_noise_and_their_intervals_end(k, share):
+    n, (lo, hi) = 20_000, UNEVEN.bounds(k)
+    groups = torch.full((n,), k)
+    own = sample_timesteps(groups, UNEVEN, generator=seeded(k))
+    t, begins = widened(own, groups, UNEVEN, share), lo * (1 - share)
+    assert t.dtype == torch.float32
+    assert begins - 1e-6 <= t.min()
+    assert t.max() <= hi + 1e-6
+    assert largest_gap(t.tolist(), lambda t: (t - begins) / (hi - begins)) < 1.95 / math.sqrt(n)
+    if share == 0 or k == 0:
+        torch.testing.assert_close(t, own, rtol=0, atol=1e-6)
 
 
 def test_times_depend_on_the_generator_alone():

@@ -79,6 +79,17 @@ def test_a_batch_of_mixed_times_trains_each_group_on_its_samples(backbone, conte
     assert not any(p.grad.abs().sum() for p in replica.layers[2].parameters() if p.grad is not None)
 
 
+def test_a_sample_goes_to_the_expert_that_is_named_whatever_its_t(backbone, context):
+    replica = toy_transformer(backbone, 2)
+    t, groups = torch.tensor([0.9, 0.1, 0.6]), torch.tensor([0, 1, 1])
+    v = replica(noise(), t, context, groups=groups)
+    for i, group in enumerate(groups.tolist()):
+        one = torch.tensor([i])
+        alone = replica.expert(group, noise()[one], t[one], context.select(one))
+        torch.testing.assert_close(v[one], alone, rtol=0, atol=1e-5)
+    assert not torch.allclose(v[1], replica(noise(), t, context)[1], atol=1e-2)
+
+
 def test_the_group_is_the_intervals(backbone):
     replica = toy_transformer(backbone, 4, intervals=[0.0, 0.5, 0.7, 0.9, 1.0])
     assert [replica.group_of(t) for t in (0.0, 0.49, 0.5, 0.89, 0.9, 1.0)] == [0, 0, 1, 2, 3, 3]

@@ -246,6 +246,33 @@ def test_the_generators_loss_is_told_by_group_and_every_group_learns(generator_s
     assert all(p.grad is None for p in stage.pipe.vae.parameters())
 
 
+def test_experts_times_narrow_from_noise_to_their_intervals(generator_stage, monkeypatch):
+    stage = generator_stage
+    stage.settings = stage.settings.model_copy(update={"narrowing_steps": 100})
+    index = torch.zeros(400, dtype=torch.int64)
+
+    def times(step):
+        found = stage.describe(samples_of(index, step=step))
+        return [[t for t, group in zip(found["t"], found["group"], strict=True) if group == k] for k in (0, 1)]
+
+    for step, begins in ((0, 0.0), (50, 0.25), (99, 0.495), (100, 0.5), (101, 0.5)):
+        first, second = times(step)
+        assert 0 <= min(first) < 0.02
+        assert 0.48 < max(first) < 0.5
+        assert begins <= min(second) < begins + 0.02
+        assert 0.98 < max(second) <= 1
+    asked = []
+
+    def recorded(self, group, x_t, t, context, cache=None):
+        asked.append((group, float(t.min())))
+        return x_t
+
+    monkeypatch.setattr(type(stage.pipe.transformer), "expert", recorded)
+    stage.loss(stage.model, samples_of(index, 0), None)
+    assert [group for group, _ in asked] == [0, 1]  # the expert is the drawn one, whatever t is
+    assert all(t < 0.02 for _, t in asked)
+
+
 def test_validation_says_the_same_twice_and_leaves_no_trace(generator_stage):
     stage = generator_stage
     shake(stage.model, seeded())

@@ -92,6 +92,24 @@ def sample_timesteps(
     return timesteps_of(draws, groups, intervals, density=density, mean=mean, std=std, uniform_mix=uniform_mix)
 
 
+def widened(t: Tensor, groups: Tensor, intervals: Intervals, share: float) -> Tensor:
+    """Return times of which each has moved towards noise, so that the intervals they fill begin earlier. [D]
+
+    An expert that only ever sees its own times can do without the prompt where much of the picture shows already, and
+    never learns to read it (docs/LOG.md). One that began at noise, where there is nothing else to go by, has.
+
+    Args:
+        t: times in the samples' own intervals, (B,).
+        groups: Group of each sample, int64 (B,).
+        intervals: The groups' intervals.
+        share: 1 lets every group's times begin at 0, 0 leaves them as they are; where intervals end does not change.
+    """
+    edges = torch.tensor(intervals.edges, dtype=torch.float64, device=t.device)
+    k = groups.to(t.device)
+    lo, hi = edges[k], edges[k + 1]
+    return (hi - (hi - t.double()) * (hi - lo * (1 - share)) / (hi - lo)).clamp(min=0).to(t.dtype)
+
+
 def balanced_groups(batch_size: int, num_groups: int, *, generator: torch.Generator) -> Tensor:
     """Share a batch out among the groups as evenly as it divides, in random order.
 

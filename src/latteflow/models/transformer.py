@@ -192,7 +192,13 @@ class LatteFlowTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         return range(group * self.group_size, (group + 1) * self.group_size)
 
     def forward(
-        self, x_t: torch.Tensor, t: torch.Tensor | float, context: Context, cache: SamplingCache | None = None
+        self,
+        x_t: torch.Tensor,
+        t: torch.Tensor | float,
+        context: Context,
+        cache: SamplingCache | None = None,
+        *,
+        groups: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return the velocity (data minus noise) at x_t.
 
@@ -201,13 +207,14 @@ class LatteFlowTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
             t: times in [0, 1], float32 or float64 (B,), of different intervals if need be; or one number for all.
             context: the backbone's, of B prompts.
             cache: of a sampling path: what steps have in common is computed once. Needs one t for all samples.
+            groups: int64 (B,), the expert of each sample, for training; left out, that of its t. Needs a t for each.
 
         Returns:
             A tensor like ``x_t``.
         """
         if not isinstance(t, torch.Tensor):
             return self.expert(cast(int, self.group_of(t)), x_t, t, context, cache)
-        groups = self.intervals.group_of(t)
+        groups = self.intervals.group_of(t) if groups is None else groups
         present = self._groups_to_run(groups)
         if len(present) == 1:
             return self.expert(present[0], x_t, t, context)

@@ -22,7 +22,7 @@ from latteflow.errors import UserError
 from latteflow.flow.objective import FlowLoss, layerwise_flow_loss
 from latteflow.flow.path import interpolate, target_velocity
 from latteflow.flow.schedulers import make_scheduler
-from latteflow.flow.timesteps import balanced_groups, timesteps_of
+from latteflow.flow.timesteps import balanced_groups, timesteps_of, widened
 from latteflow.models.autoencoder import AUTOENCODERS
 from latteflow.models.context import Context
 from latteflow.models.embedded import resolve_model
@@ -123,7 +123,7 @@ class GeneratorStage(Stage):
         t: torch.Tensor,
         context: Context,
     ) -> FlowLoss:
-        v = model(interpolate(x_0, x_1, t), t, context)
+        v = model(interpolate(x_0, x_1, t), t, context, groups=groups)
         return layerwise_flow_loss(v.float(), target_velocity(x_0, x_1), groups, self.settings.num_groups)
 
     def _groups(self, batch_size: int, seed: int, step: int) -> torch.Tensor:
@@ -133,7 +133,11 @@ class GeneratorStage(Stage):
 
     def _times(self, samples: Samples) -> tuple[torch.Tensor, torch.Tensor]:
         groups = self._groups(samples.batch_size, samples.seed, samples.step)[samples.places]
-        return groups, self._times_in(groups, torch.stack([samples.rand("time"), samples.rand("density")]))
+        t = self._times_in(groups, torch.stack([samples.rand("time"), samples.rand("density")]))
+        narrowing = self.settings.narrowing_steps
+        if samples.step >= narrowing:
+            return groups, t
+        return groups, widened(t, groups, self.pipe.transformer.intervals, 1 - samples.step / narrowing)
 
     def _times_in(self, groups: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
         settings = self.settings

@@ -260,6 +260,8 @@ class GeneratorSection(Section):
     logit_mean: float = 0.0
     logit_std: PositiveFloat = 1.0
     uniform_mix: Annotated[float, Field(ge=0.1, le=1)] = 0.1
+    narrowing_steps: NonNegativeInt = 0
+    """Steps over which each expert's times narrow from all up to its interval's end to its interval alone. [D]"""
     prompt_dropout: Probability = 0.1
     captions_per_image: PositiveInt = 4
     """Captions of each picture, the canonical one and others that are drawn; their contexts are computed once."""
