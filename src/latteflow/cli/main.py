@@ -26,6 +26,7 @@ _EXTRAS = {
     "datasets": "data",
     "resvg_py": "data",
     "ray": "ray",
+    "torchao": "quantize",
 }
 """Which extra brings a module that only some verbs need."""
 

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from torch import nn
 
 from latteflow.errors import UserError
+from latteflow.models.quantization import is_quantized
 
 _PARTS = ("backbone", "transformer", "vae")
 
@@ -101,8 +102,7 @@ def require_weights(folder: Path, backbone: nn.Module | None, transformer: nn.Mo
     if backbone is None:
         return
     files = sorted((folder / "backbone").glob("*.safetensors"))
-    quantized = hasattr(backbone.config, "quantization_config")  # holds fewer, packed, elements
-    if files and not quantized:
+    if files and not is_quantized(folder / "backbone"):  # files of packed weights may hold fewer elements
         stored, needed = sum(map(_elements, files)), sum(parameter.numel() for parameter in backbone.parameters())
         if stored < needed:
             raise UserError(f"{folder}: the backbone's files hold {stored:,} of its {needed:,} weights")
