@@ -50,7 +50,8 @@ def quantization_config(name: str) -> PipelineQuantizationConfig:
     # Left alone, torchao would change inductor's settings for the whole process.
     kind = (Int8WeightOnlyConfig if name == "int8" else Float8WeightOnlyConfig)(set_inductor_config=False)
     replica = TorchAoConfig(kind, modules_to_not_convert=list(_PLAIN_PARTS))
-    return PipelineQuantizationConfig(quant_mapping={"transformer": replica, "backbone": BackboneConfig(kind)})
+    parts: dict[str, Any] = {"transformer": replica, "backbone": BackboneConfig(kind)}
+    return PipelineQuantizationConfig(quant_mapping=parts)
 
 
 def quantization_of(*parts: nn.Module) -> str | None:
