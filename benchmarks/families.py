@@ -16,7 +16,6 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "backbones.md"
-BEGIN, END = "<!-- families: begin -->", "<!-- families: end -->"
 SIZES = ((32, 32), (64, 32), (32, 64), (100, 30), (90, 90), (128, 127))
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -25,6 +24,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 import pytest  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
+from pages import table, write_between  # noqa: E402
 
 import families  # noqa: E402
 from latteflow.models.backbones import FAMILIES  # noqa: E402
@@ -58,17 +58,14 @@ def main() -> None:
     tests = sorted(map(str, (ROOT / "tests" / "models").glob("test_backbones*.py")))
     settings = ["-q", "-n", "0", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
     status = pytest.main([*settings, f"--rootdir={ROOT}", *tests], plugins=[tally])
+    header = ("Family", "Model types", "Example", "Text layers", "Positions", "Pictures", "Checks passed")
     lines = [
-        "| Family | Model types | Example | Text layers | Positions | Pictures | Checks passed |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-        *(_row(family, tally) for family in FAMILIES),
+        *table(header, (_row(family, tally) for family in FAMILIES)),
         "",
         f"torch {torch.__version__.partition('+')[0]}, transformers {transformers.__version__}, CPU, float32; "
         f"{sum(tally.passed.values())} of {sum(tally.ran.values())} checks passed.",
     ]
-    before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
-    _, after = rest.split(END)
-    PAGE.write_text("\n".join([before + BEGIN, "", *lines, "", END + after]), encoding="utf-8")
+    write_between(PAGE, "families", lines)
     print("\n".join(lines))
     sys.exit(status)
 
@@ -78,11 +75,11 @@ def _replica(variant: str) -> LatteFlowTransformer:
     return LatteFlowTransformer.from_backbone(backbone, num_groups=2, latent_channels=4)
 
 
-def _row(family: Family, tally: Tally) -> str:
+def _row(family: Family, tally: Tally) -> list[str]:
     variant = family.model_types[0]
     _, processor = families.shared_family(variant)
     passed, ran = (sum(counts[name] for name in family.model_types) for counts in (tally.passed, tally.ran))
-    cells = [
+    return [
         type(family).__name__,
         ", ".join(f"`{name}`" for name in family.model_types),
         f"`{family.example}`",
@@ -91,7 +88,6 @@ def _row(family: Family, tally: Tally) -> str:
         _pictures(family, processor),
         f"{passed} of {ran}",
     ]
-    return "| " + " | ".join(cells) + " |"
 
 
 def _layers(family: Family) -> str:

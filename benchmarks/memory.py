@@ -18,6 +18,7 @@ import platform
 import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -199,9 +200,13 @@ def fit(chosen: Preset, options: argparse.Namespace, *, lora: bool) -> dict[str,
     }
 
 
-def teach(replica: LatteFlowTransformer, tokens: int, *, batch: int, steps: int) -> None:
-    """Run optimizer steps of the parts that ``train/loop.py`` and ``train/generator.py`` put together."""
-    config = replica.config
+def teach(replica: LatteFlowTransformer, tokens: int, *, batch: int, steps: int) -> list[tuple[float, float]]:
+    """Run optimizer steps of the parts that ``train/loop.py`` and ``train/generator.py`` put together.
+
+    Returns:
+        The seconds of every step: of forward and backward pass, and of clipping, AdamW and averaged weights.
+    """
+    config, seconds = replica.config, []
     parameters = [p for p in replica.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4)
     average = EMAModel(parameters, decay=0.999, use_ema_warmup=True, power=0.75)
@@ -218,15 +223,19 @@ def teach(replica: LatteFlowTransformer, tokens: int, *, batch: int, steps: int)
         x_0, x_1 = torch.randn(2, batch, config.latent_channels, side, side, generator=generator)
         groups = balanced_groups(batch, config.num_groups, generator=generator)
         t = sample_timesteps(groups, replica.intervals, generator=generator)
+        began = time.perf_counter()
         with torch.autocast("cpu", dtype=torch.bfloat16):
             v = replica(interpolate(x_0, x_1, t), t, context)
             loss = layerwise_flow_loss(v.float(), target_velocity(x_0, x_1), groups, config.num_groups).total
         loss.backward()
         del v, loss
+        turned = time.perf_counter()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         average.step(parameters)
+        seconds.append((turned - began, time.perf_counter() - turned))
+    return seconds
 
 
 if __name__ == "__main__":

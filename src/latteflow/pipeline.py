@@ -25,6 +25,7 @@ from latteflow.flow.noise import initial_noise
 from latteflow.flow.schedulers import model_output_of_velocity, schedule_times, set_schedule
 from latteflow.models.answers import greedy_answers
 from latteflow.models.autoencoder import decode_latents
+from latteflow.models.compilation import compile_groups
 from latteflow.models.context import Context, compute_context, concatenate
 from latteflow.models.conversation import ConversationCache, on_white
 from latteflow.models.guided import GuidedVelocity
@@ -228,6 +229,17 @@ class LatteFlowPipeline(LoraMixin, StoredPipeline):
         """Return the pictures of normalised latents (number, channels, height / factor, width / factor)."""
         pictures = decode_latents(self.vae, self.transformer.config, latents.to(self.vae.dtype))
         return VaeImageProcessor().postprocess(pictures.float(), output_type=output_type)  # type: ignore[return-value]
+
+    def compile(self, **settings: Any) -> None:
+        """Compile the experts, one graph for all groups: the first picture of a size takes longer, the others less.
+
+        Args:
+            **settings: of ``torch.compile``.
+
+        Raises:
+            UserError: they are compiled already.
+        """
+        compile_groups(self.transformer, **settings)
 
     def enable_group_residency(
         self, folder: str | Path | None = None, device: torch.device | str | None = None

@@ -105,6 +105,7 @@ def test_too_many_bad_pictures_end_it_in_words(latteflow, file):
     outcome = latteflow("encode", file(), "data.quarantine_limit=0.1")
     assert outcome.code == 2
     assert "\nlatteflow: 1 of 7 samples are bad, more than data.quarantine_limit=0.1 allows" in outcome.err
+    assert "latents, and start again\n" in outcome.err
     assert "Traceback" not in outcome.err
 
 

@@ -91,7 +91,8 @@ def test_a_preset_that_cannot_be_is_one_line_and_exit_code_2(latteflow, argument
     assert message in latteflow("info", *arguments).mistake
 
 
-def test_evaluate_prints_every_figure(saved_pipeline, toy_set, tmp_path):
+def test_evaluate_prints_every_figure(saved_pipeline, toy_set, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where no judge is found
     model = tmp_path / "model"
     shutil.copytree(saved_pipeline, model)
     data = {"leave_out_groups": [], "leave_out_subgroups": [], "styles": [], "skin_tones": []}

@@ -298,7 +298,7 @@ class TestWriting:
         from latteflow.data import shards
 
         seen = []
-        monkeypatch.setattr(shards, "_sync", lambda path: seen.append({entry.name for entry in tmp_path.iterdir()}))
+        monkeypatch.setattr(shards, "sync", lambda path: seen.append({entry.name for entry in tmp_path.iterdir()}))
         write_shard(tmp_path / "s", {"x": torch.zeros(3)}, {})
         assert seen == [{f".s.{os.getpid()}.partial"}, {f".s.{os.getpid()}.partial", "s"}]
 

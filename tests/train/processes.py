@@ -21,7 +21,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from pydantic import TypeAdapter
-from test_loop import Regression
+from test_loop import Regression, failing_saves
 from torch import nn
 
 from latteflow.data.loader import generator_of
@@ -53,7 +53,7 @@ def run(job: dict[str, Any], rank: int = 0) -> dict[str, Any]:
     if rank in job.get("poisoned_ranks", ()):
         poison(stage, job["poisoned_calls"])
     if rank == 0 and "failing_saves" in job:
-        fail_saves(job["failing_saves"])
+        checkpoint.save_file = failing_saves(*job["failing_saves"])
     outcome: dict[str, Any] = {"losses": [], "figures": [], "error": None, "times": record_times(stage)}
 
     def watch(progress):
@@ -111,10 +111,10 @@ def record_times(stage: Any) -> list[str]:
     """Return a list of the dtypes that times reach the experts in."""
     expert, dtypes = getattr(stage.model, "expert", None), []
 
-    def recorded(group, x_t, t, context):
-        if str(t.dtype) not in dtypes:
+    def recorded(group, x_t, t, context, cache=None):
+        if isinstance(t, torch.Tensor) and str(t.dtype) not in dtypes:  # previews have a number
             dtypes.append(str(t.dtype))
-        return expert(group, x_t, t, context)
+        return expert(group, x_t, t, context, cache)
 
     if expert is not None:
         stage.model.expert = recorded
@@ -137,19 +137,6 @@ def poison(stage: Any, calls: list[int]) -> None:
         return (value + float("nan") if len(seen) in calls else value), figures
 
     stage.loss = with_nan
-
-
-def fail_saves(numbers: list[int]) -> None:
-    """Let the given ones of all files of tensors fail to be written, counted from 1: two a checkpoint."""
-    written, save_file = [], checkpoint.save_file
-
-    def fails(tensors, file):
-        written.append(file)
-        if len(written) in numbers:
-            raise OSError("no space left on device")
-        save_file(tensors, file)
-
-    checkpoint.save_file = fails
 
 
 def together(jobs: list[dict[str, Any]], folder: Path, *, processes: int = 2) -> list[list[dict[str, Any]]]:

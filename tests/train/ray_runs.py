@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 from pydantic import TypeAdapter
@@ -22,24 +23,38 @@ from latteflow.train.on_ray import train_on_ray
 from latteflow.train.recipe import Recipe
 
 STOPPED_AT, KILLED_AT = 40, 160
-"""Steps of group 1. In between is time enough for the end to come."""
+"""Steps of group 1, both with a checkpoint."""
 
 
-def take_share_and_be_killed(config):
-    """A worker's work, in which the process ends when group 1 gets to a step for the first time."""
-    train_group, killed = on_ray._train, Path(config["runs"][1].output) / "killed"
+def taking_share(step, happens):
+    """Return a worker's work in which something happens when group 1 has got to a step."""
 
-    def train_and_be_killed(recipe, folder, watch):
-        def fatal(now):
-            watch(now)
-            if recipe.generator.groups == (1,) and now.step == KILLED_AT and not killed.exists():
-                killed.touch()
-                os.kill(os.getpid(), signal.SIGKILL)
+    def take_share(config):
+        train_group = on_ray._train
 
-        return train_group(recipe, folder, fatal)
+        def train_and_happen(recipe, folder, watch):
+            def watch_and_happen(now):
+                watch(now)
+                if recipe.generator.groups == (1,) and now.step == step:
+                    happens(Path(recipe.output))
 
-    on_ray._train = train_and_be_killed
-    on_ray._take_share(config)  # the module's own: this is another process
+            return train_group(recipe, folder, watch_and_happen)
+
+        on_ray._train = train_and_happen
+        on_ray._take_share(config)  # the module's own: this is another process
+
+    return take_share
+
+
+def wait_to_be_stopped(output):
+    time.sleep(600)  # steps are so short that the group would be done before the signal has got through
+
+
+def be_killed_once(output):
+    killed = output / "killed"
+    if not killed.exists():
+        killed.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def attempt(name, recipe, watch=lambda group, now: None, **settings):
@@ -69,8 +84,10 @@ def main() -> None:
     with having_ray(2):  # once for all runs: it takes its time
         handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
         attempt("no room", recipe, resources={"CPU": 99})
+        take_share = on_ray._take_share
+        on_ray._take_share = taking_share(STOPPED_AT, wait_to_be_stopped)
         attempt("stopped", recipe, stop)
-        take_share, on_ray._take_share = on_ray._take_share, take_share_and_be_killed
+        on_ray._take_share = taking_share(KILLED_AT, be_killed_once)
         attempt("killed", recipe)
         on_ray._take_share = take_share
         attempt("diverging", diverging, resources={"CPU": 0.5}, retries=0)

@@ -87,11 +87,12 @@ def test_a_loaded_classifier_computes_the_same_with_its_statistics_multiplied_in
     assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in loaded.modules())
     with torch.no_grad():
         (expected, cells), (found, its_cells) = (made(images.batch(torch.arange(8))) for made in (classifier, loaded))
-        scores, alone = loaded.opinion(images.batch(torch.arange(8)))
+        scores, alone, textures = loaded.opinion(images.batch(torch.arange(8)))
     torch.testing.assert_close(its_cells, cells, rtol=1e-3, atol=1e-3)
     for key, values in expected.items():
         torch.testing.assert_close(found[key], values, rtol=1e-3, atol=1e-2)
     assert torch.equal(alone, its_cells)
+    torch.testing.assert_close(found["style"], loaded.styles(textures))
     assert torch.equal(scores, found["concept"])
 
 

@@ -204,8 +204,8 @@ def test_only_what_trains_is_trained_and_only_matrices_decay(tmp_path):
     assert [group["weight_decay"] for group in optimizer["param_groups"]] == [0.1, 0.0]
 
 
-def failing_saves(monkeypatch, *numbers):
-    """Let the given ones of all files written fail, counted from 1: two a checkpoint."""
+def failing_saves(*numbers):
+    """Return a ``save_file`` whose given calls fail, counted from 1: two a checkpoint."""
     written, save_file = [], checkpoint.save_file
 
     def fails(tensors, file):
@@ -214,11 +214,12 @@ def failing_saves(monkeypatch, *numbers):
             raise OSError("no space left on device")
         save_file(tensors, file)
 
-    monkeypatch.setattr(checkpoint, "save_file", fails)
+    return fails
 
 
 def test_a_save_that_fails_is_said_and_training_goes_on(tmp_path, monkeypatch, caplog):
-    failing_saves(monkeypatch, 4, 5)  # the second checkpoint's averaged weights, the third's weights
+    failing = failing_saves(4, 5)  # the second checkpoint's averaged weights, the third's weights
+    monkeypatch.setattr(checkpoint, "save_file", failing)
     train(recipe(tmp_path, keep_checkpoints=9), Regression())
     assert [folder.name for folder in checkpoint_folders(tmp_path)] == ["step-00000005", "step-00000020"]
     assert not list((tmp_path / "checkpoints").glob(".*"))
@@ -230,7 +231,7 @@ def test_a_save_that_fails_is_said_and_training_goes_on(tmp_path, monkeypatch, c
 
 
 def test_a_last_save_that_fails_is_an_error(tmp_path, monkeypatch):
-    failing_saves(monkeypatch, 7)
+    monkeypatch.setattr(checkpoint, "save_file", failing_saves(7))
     with pytest.raises(OSError, match="step-00000020 cannot be written: no space left"):
         train(recipe(tmp_path), Regression())
     assert [folder.name for folder in checkpoint_folders(tmp_path)] == ["step-00000010", "step-00000015"]
@@ -278,7 +279,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(tmp_path):
 def test_older_checkpoints_stay_until_the_new_one_reads_back_right(tmp_path, monkeypatch):
     with pytest.raises(Stopped):
         train(recipe(tmp_path), Regression(), watch=stop_after(10))
-    sync = checkpoint._sync
+    sync = checkpoint.sync
 
     def lying_disk(path):
         """Loses a byte behind the manifest's back."""
@@ -286,7 +287,7 @@ def test_older_checkpoints_stay_until_the_new_one_reads_back_right(tmp_path, mon
             DAMAGE["truncated"](path.parent / "model.safetensors")
         sync(path)
 
-    monkeypatch.setattr(checkpoint, "_sync", lying_disk)
+    monkeypatch.setattr(checkpoint, "sync", lying_disk)
     with pytest.raises(checkpoint.CheckpointDamaged, match=r"step-00000015.model\.safetensors has"):
         train(recipe(tmp_path), Regression())
     kept = [folder.name for folder in checkpoint_folders(tmp_path)]

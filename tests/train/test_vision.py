@@ -16,7 +16,7 @@ from latteflow.train.build import build_stage, load_others
 from latteflow.train.classifier import KEYS, PictureClassifier, classes_of
 from latteflow.train.loop import train
 from latteflow.train.recipe import BackboneSection, DataSection, Recipe
-from latteflow.train.vision import answerable, load_vision, picture_tokens, teaching_loss, unlike_any
+from latteflow.train.vision import Guess, answerable, load_vision, picture_tokens, teaching_loss, unlike_any
 from toys import PATCH, samples_of, seeded, toy_recipe
 
 pytest.importorskip("efficientnet_lite_pytorch")
@@ -74,9 +74,11 @@ class Teacher:
 
     def __init__(self, number):
         self.target = torch.randn(number, 4, 1280, generator=seeded())
+        self.texture = torch.randn(number, 5, generator=seeded(3))
+        self.seen = Guess(self.target, self.texture)
 
     def opinion(self, pictures):
-        return self.concept_scores(self.target.mean(dim=1)), self.target
+        return self.concept_scores(self.target.mean(dim=1)), self.target, self.texture
 
     def concept_scores(self, top):
         return 3 * top[:, :3]
@@ -86,12 +88,12 @@ def test_a_pupil_that_gives_the_teachers_features_and_scores_has_only_labels_to_
     teacher = Teacher(6)
     scores = {key: teacher.concept_scores(teacher.target.mean(dim=1)) for key in KEYS}
     none = dict.fromkeys(KEYS, torch.full((6,), -100))
-    total, parts = teaching_loss(teacher, torch.zeros(6), scores, teacher.target, none)
-    assert parts.keys() == {"loss/features", "loss/opinion"}
+    total, parts = teaching_loss(teacher, torch.zeros(6), scores, teacher.seen, none)
+    assert parts.keys() == {"loss/features", "loss/texture", "loss/opinion"}
     torch.testing.assert_close(total, torch.tensor(0.0), atol=1e-6, rtol=0)
 
     some = {**none, "style": torch.tensor([0, -100, 2, -100, -100, 1])}
-    total, parts = teaching_loss(teacher, torch.zeros(6), scores, teacher.target, some)
+    total, parts = teaching_loss(teacher, torch.zeros(6), scores, teacher.seen, some)
     expected = functional.cross_entropy(scores["style"][[0, 2, 5]], torch.tensor([0, 2, 1]), label_smoothing=0.1)
     torch.testing.assert_close(total, 2 * expected)
     torch.testing.assert_close(parts["loss/style"], 2 * expected)
@@ -101,8 +103,9 @@ def test_features_and_opinion_are_squared_error_and_divergence():
     teacher = Teacher(6)
     scores = {key: torch.randn(6, 3, generator=seeded(1)) for key in KEYS}
     none = dict.fromkeys(KEYS, torch.full((6,), -100))
-    _, parts = teaching_loss(teacher, torch.zeros(6), scores, teacher.target + 2.0, none)
+    _, parts = teaching_loss(teacher, torch.zeros(6), scores, Guess(teacher.target + 2.0, teacher.texture - 3.0), none)
     torch.testing.assert_close(parts["loss/features"], torch.tensor(4.0))
+    torch.testing.assert_close(parts["loss/texture"], torch.tensor(9.0))
     wanted = teacher.concept_scores(teacher.target.mean(dim=1)).softmax(dim=1)
     log_ratio = wanted.log() - scores["concept"].log_softmax(dim=1)
     # Adding 2 to every feature adds 6 to every score of the last layer, which leaves its opinion alone.
@@ -114,7 +117,7 @@ def test_the_teachers_last_layer_reads_the_towers_features():
     right = teacher.concept_scores(teacher.target.mean(dim=1))
     none = dict.fromkeys(KEYS, torch.full((6,), -100))
     shifted = teacher.target + torch.tensor([1.0, 0, 0] + [0] * 1277)
-    _, parts = teaching_loss(teacher, torch.zeros(6), dict.fromkeys(KEYS, right), shifted, none)
+    _, parts = teaching_loss(teacher, torch.zeros(6), dict.fromkeys(KEYS, right), Guess(shifted, teacher.texture), none)
     read = (right + torch.tensor([3.0, 0, 0])).log_softmax(dim=1)
     expected = (right.softmax(dim=1) * (right.log_softmax(dim=1) - read)).sum(dim=1).mean()
     torch.testing.assert_close(parts["loss/opinion"], expected)
@@ -124,7 +127,7 @@ def test_a_teacher_of_another_grid_is_refused():
     none = dict.fromkeys(KEYS, torch.full((6,), -100))
     scores = {key: torch.zeros(6, 3) for key in KEYS}
     with pytest.raises(UserError, match="the tower has 16 tokens a picture, the teacher 4 cells"):
-        teaching_loss(Teacher(6), torch.zeros(6), scores, torch.zeros(6, 16, 1280), none)
+        teaching_loss(Teacher(6), torch.zeros(6), scores, Guess(torch.zeros(6, 16, 1280), torch.zeros(6, 5)), none)
 
 
 def test_pictures_are_told_apart_from_blends():

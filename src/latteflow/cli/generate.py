@@ -39,6 +39,7 @@ def generate(
     scheduler: Annotated[str | None, typer.Option(help="euler, heun, dpm++ or unipc; left out, the model's.")] = None,
     grid: Annotated[bool, typer.Option("--grid", help="All pictures in one file, a row a prompt.")] = False,
     scale: Annotated[int, typer.Option(help="Enlarge the pixels this many times.")] = 1,
+    compiled: Annotated[bool, typer.Option("--compile", help="torch.compile: worth its minute for many.")] = False,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     quantize: QuantizeOption = None,
@@ -51,6 +52,8 @@ def generate(
         from latteflow.flow.schedulers import make_scheduler
 
         pipe.scheduler = make_scheduler(scheduler)
+    if compiled:
+        pipe.compile()
     import torch
 
     pipe.set_progress_bar_config(disable=None)  # shown on a terminal alone

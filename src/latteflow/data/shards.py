@@ -133,14 +133,19 @@ def _atomically(file: Path, write: Callable[[Path], object]) -> None:
         readers = partial.stat().st_mode & 0o777
         write(partial)
         partial.chmod(readers)  # safetensors gives its files to their owner alone
-        _sync(partial)
+        sync(partial)
         os.replace(partial, file)
-        _sync(file.parent)
+        sync(file.parent)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk.
+
+    Raises:
+        OSError: they cannot be brought there.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

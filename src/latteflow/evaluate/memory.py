@@ -12,10 +12,10 @@ context        keys and values of S prompts, 2 L G T w each, and once more while
 prefill        reading one prompt: the stream and three times I, T (2 D + 3 I) w; the scores of one next token, in
                float32 too; and a copy of the output matrix in the layout that oneDNN wants of bfloat16 on a CPU,
                vocabulary D w, which a GPU does without
-step           S sequences of: the stream before, in and after a layer, 3 N D w; angles, 8 N h; and the larger of the
-               feed-forward, 3 N I w, and attention: N A w and 2 (T + N) G w as projected, 2 (T + N) A w as every head
-               has its own; scores, probabilities and their sum with the map of the layer before, 14 H N (T + N) +
-               8 H N N (float32, and one in the dtype of w); without maps, N A w in their place
+step           S sequences of: the stream before, in and after a layer, and places, 4 N D w; angles, 8 N h; and the
+               larger of the feed-forward, 3 N I w, and attention: N A w and 2 (T + N) G w as projected; scores,
+               probabilities, those of the layer before and their sum, 16 H N (T + N), and the map in it, 4 H N N
+               (float32); without maps, N A w in their place
 decoder        the most that its activations hold at a time, found by running it on the meta device; a convolution
                also holds a copy of its input and output, in the layout that its library wants
 =============  ========================================================================================
@@ -214,12 +214,11 @@ def step_bytes(replica: LatteFlowTransformer, image_tokens: int, context_tokens:
     config, wide = replica.config, replica.dtype.itemsize
     heads, key_values = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     keys = image_tokens + context_tokens
-    stream = image_tokens * (3 * config.hidden_size * wide + 8 * config.head_dim)
+    stream = image_tokens * (4 * config.hidden_size * wide + 8 * config.head_dim)
     feed_forward = 3 * image_tokens * config.intermediate_size * wide
     attention = (image_tokens * heads + 2 * keys * key_values) * wide
     if config.residual_attention != "none":
-        maps = config.num_attention_heads * image_tokens * (14 * keys + 8 * image_tokens)
-        attention += 2 * keys * heads * wide + maps
+        attention += config.num_attention_heads * image_tokens * (16 * keys + 4 * image_tokens)
     else:
         attention += image_tokens * heads * wide
     return sequences * (stream + max(feed_forward, attention))

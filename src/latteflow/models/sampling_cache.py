@@ -18,16 +18,14 @@ from latteflow.nn.block import Modulation
 if TYPE_CHECKING:
     from latteflow.models.transformer import LatteFlowTransformer
 
-Rotary = tuple[torch.Tensor, torch.Tensor]
-"""Cosine and sine, each (B, N, head_dim)."""
-
 
 class Surroundings(NamedTuple):
-    """What stands around the latents of a call, whatever t is."""
+    """What stands around the latents of a group's call, whatever t is."""
 
-    rotary: Rotary
-    local_rotary: Rotary
-    """Of layers with a rotary base of their own."""
+    rotary: Sequence[tuple[torch.Tensor, torch.Tensor]]
+    """For each of the group's layers cosine and sine, each (B, N, head_dim)."""
+    context: Sequence[tuple[torch.Tensor, torch.Tensor]]
+    """For each the backbone layer's keys and values, each (B, key/value heads, T, head_dim)."""
     mask: torch.Tensor | None
     """Which keys latents see, bool (B, 1, 1, T + N); None where they see all."""
     places: torch.Tensor
@@ -59,25 +57,27 @@ class SamplingCache:
         self, transformer: LatteFlowTransformer, group: int, context: Context, rows: int, columns: int
     ) -> Surroundings:
         """Return what ``transformer.surroundings`` does; the same context is not looked at twice."""
-        key = (id(context), group if len(transformer.io) > 1 else 0, rows, columns)
+        key = (id(context), group, rows, columns)
         if key not in self._surroundings:
             # The context is kept, so that no other can get its id.
             self._surroundings[key] = (context, transformer.surroundings(group, context, rows, columns))
         return self._surroundings[key][1]
 
-    def moment(self, transformer: LatteFlowTransformer, group: int, t: float) -> Moment:
-        """Return what t does to its group, in the transformer's dtype; B is 1."""
+    def moment(self, transformer: LatteFlowTransformer, group: int, t: float, device: torch.device) -> Moment:
+        """Return what t does to its group, in the transformer's dtype; B is 1. Latents are on ``device``."""
         if t not in self._moments:
             times = [time for time in self._times if transformer.group_of(time) == group] if t in self._times else [t]
-            self._moments.update(zip(times, self._all_at_once(transformer, group, times), strict=True))
+            self._moments.update(zip(times, self._all_at_once(transformer, group, times, device), strict=True))
         return self._moments[t]
 
     @staticmethod
-    def _all_at_once(transformer: LatteFlowTransformer, group: int, times: Sequence[float]) -> list[Moment]:
+    def _all_at_once(
+        transformer: LatteFlowTransformer, group: int, times: Sequence[float], device: torch.device
+    ) -> list[Moment]:
         io = transformer.io_of(group)
         # A product of one row goes another way in CPU libraries, where the weights' place in memory decides the bits.
         rows = list(times) * (2 if len(times) == 1 else 1)
-        time = io.time_embedding(torch.tensor(rows, dtype=torch.float32, device=transformer.device))
+        time = io.time_embedding(torch.tensor(rows, dtype=torch.float32, device=device))
         layers = [transformer.layers[number].modulation_of(time) for number in transformer.layers_of(group)]
         shift, scale = io.modulation_of(time)
         return [
@@ -87,4 +87,5 @@ class SamplingCache:
 
 
 def _row(modulation: Modulation, i: int) -> Modulation:
-    return Modulation(*(None if part is None else part[i : i + 1] for part in modulation))
+    *scales, gate = modulation
+    return Modulation(*(part[i : i + 1] for part in scales), gate=None if gate is None else gate[i : i + 1])

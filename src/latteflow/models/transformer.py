@@ -248,28 +248,24 @@ class LatteFlowTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.enter_group(group)
         rows, columns = (side // self.config.patch_size for side in x_t.shape[-2:])
         if cache is None or isinstance(t, torch.Tensor):
-            around, moment = self.surroundings(group, context, rows, columns), self._moment(group, x_t, t)
+            around = self.surroundings(group, context, rows, columns)
+            moment = self._moment(group, x_t, t)
         else:
-            around, moment = cache.surroundings(self, group, context, rows, columns), cache.moment(self, group, t)
-        return self._through(group, x_t, context, around, moment)
+            around = cache.surroundings(self, group, context, rows, columns)
+            moment = cache.moment(self, group, t, x_t.device)
+        layers = [self.layers[number] for number in self.layers_of(group)]
+        return self._through(layers, self.io_of(group), x_t, around, moment)
 
     def _through(
-        self, group: int, x_t: torch.Tensor, context: Context, around: Surroundings, moment: Moment
+        self, layers: Sequence[nn.Module], io: LatentIO, x_t: torch.Tensor, around: Surroundings, moment: Moment
     ) -> torch.Tensor:
         """Go through a group as the paper's figure draws it: patches, layers, head."""
-        io = self.io_of(group)
         x = io.patch_embedding(x_t, around.places)
 
         attention_map = None
-        for number, time in zip(self.layers_of(group), moment.layers, strict=True):
+        for layer, time, rotary, context in zip(layers, moment.layers, around.rotary, around.context, strict=True):
             x, attention_map = self._run(
-                self.layers[number],
-                x,
-                time,
-                rotary=around.local_rotary if number in self.config.local_layers else around.rotary,
-                context=context.layer(number),
-                mask=around.mask,
-                previous_map=attention_map,
+                layer, x, time, rotary=rotary, context=context, mask=around.mask, previous_map=attention_map
             )
 
         return unpatchify(io.velocity(x, *moment.out), self.config.patch_size, *x_t.shape[-2:])
@@ -290,12 +286,17 @@ class LatteFlowTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         return Moment([time] * self.group_size, io.modulation_of(time))
 
     def surroundings(self, group: int, context: Context, rows: int, columns: int) -> Surroundings:
-        """Return what is the same at every t, for a grid of tokens behind each prompt."""
+        """Return what is the same for a group at every t, for a grid of tokens behind each prompt."""
         rotary, local_rotary = self._rotary(context.next_position, rows, columns)
-        places = self.io_of(group).patch_embedding.places_of(rows, columns)
-        return Surroundings(rotary, local_rotary, _visible(context.mask, rows * columns), places)
+        numbers = self.layers_of(group)
+        return Surroundings(
+            [local_rotary if number in self.config.local_layers else rotary for number in numbers],
+            [context.layer(number) for number in numbers],
+            _visible(context.mask, rows * columns),
+            self.io_of(group).patch_embedding.places_of(rows, columns),
+        )
 
-    def _run(self, layer: nn.Module, *given: torch.Tensor, **named: Any) -> Any:
+    def _run(self, layer: nn.Module, *given: Any, **named: Any) -> Any:
         """Call a layer; with gradient checkpointing, forget its activations until they are needed."""
         if torch.is_grad_enabled() and self.gradient_checkpointing:
             return cast(Any, self._gradient_checkpointing_func)(partial(layer, **named), *given)

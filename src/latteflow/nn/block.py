@@ -107,7 +107,13 @@ class ReplicaLayer(nn.Module):
             nn.init.zeros_(self.gate.project.bias)
 
     def modulation_of(self, time: torch.Tensor) -> Modulation:
-        """Map the time embedding (B, time_size) to what it does to this layer."""
+        """Map the time embedding (B, time_size) to what it does to this layer, for later calls.
+
+        ``forward`` does not call it: where weights are sharded, each of the two has them gathered for itself.
+        """
+        return self._at(time)
+
+    def _at(self, time: torch.Tensor) -> Modulation:
         parts = self.modulation(functional.silu(time))[:, None].chunk(4, dim=-1)
         return Modulation(*parts, gate=None if self.gate is None else self.gate(time))
 
@@ -131,7 +137,7 @@ class ReplicaLayer(nn.Module):
             mask: bool, broadcastable to (B, heads, N, T + N), true where a key may be seen.
             previous_map: the map of the layer before in this group, (B, heads, N, N).
         """
-        at = time if isinstance(time, Modulation) else self.modulation_of(time)
+        at = time if isinstance(time, Modulation) else self._at(time)
 
         h = self.input_layernorm(x)
         h, attention_map = self.self_attn(

@@ -56,15 +56,15 @@ class SupervisedBackbone(nn.Module):
     Args:
         backbone: a Qwen2-VL.
         classes: how many classes each head tells apart, by name.
-        taught: whether a teacher's features are read as well.
+        textures: how many early moments a teacher has, which are read with its features; 0 for no teacher.
     """
 
     def __init__(
-        self, backbone: Qwen2VLForConditionalGeneration, classes: Mapping[str, int], *, taught: bool = False
+        self, backbone: Qwen2VLForConditionalGeneration, classes: Mapping[str, int], *, textures: int = 0
     ) -> None:
         super().__init__()
         self.backbone = backbone
-        self.readers = Readers(backbone.config.get_text_config().hidden_size, classes, taught=taught)
+        self.readers = Readers(backbone.config.get_text_config().hidden_size, classes, textures=textures)
 
     def forward(
         self,
@@ -86,7 +86,7 @@ class SupervisedBackbone(nn.Module):
         backbone = self.backbone
         config = backbone.config
         tokens = picture_tokens(backbone.model.visual, pixel_values, grid)
-        scores, cells = self.readers(tokens)
+        scores, guess = self.readers(tokens)
 
         is_picture, is_word = ids == config.image_token_id, ids != config.get_text_config().pad_token_id
         embeddings = backbone.get_input_embeddings()(ids)
@@ -103,7 +103,7 @@ class SupervisedBackbone(nn.Module):
         # The vocabulary's scores are needed only where a token of an answer comes next.
         predicts = labels[:, 1:] != _IGNORED
         answers = backbone.lm_head(hidden[:, :-1][predicts])
-        return functional.cross_entropy(answers.float(), labels[:, 1:][predicts]), scores, cells
+        return functional.cross_entropy(answers.float(), labels[:, 1:][predicts]), scores, guess
 
 
 class BackboneStage(Stage):
@@ -130,12 +130,13 @@ class BackboneStage(Stage):
         self.classes = classes_of(images.records)
         self.wanted = answerable(images.records, self.classes)
         numbers = {key: len(values) for key, values in self.classes.items()}
-        model = SupervisedBackbone(self.backbone, numbers, taught=settings.teacher is not None)
-        if settings.vision:
-            load_vision(settings.vision, SupervisedVision(self.backbone.model.visual, model.readers))
         self.teacher = load_classifier(settings.teacher, what="teacher") if settings.teacher else None
         if self.teacher is not None:
             self.teacher.forget_concepts(self.classes["concept"])
+        textures = 0 if self.teacher is None else len(self.teacher.low_mean)
+        model = SupervisedBackbone(self.backbone, numbers, textures=textures)
+        if settings.vision:
+            load_vision(settings.vision, SupervisedVision(self.backbone.model.visual, model.readers))
         self.model: nn.Module = model
         self.picture_tokens = (size // settings.patch_size // 2) ** 2
         self.number = len(images)
@@ -163,11 +164,11 @@ class BackboneStage(Stage):
         ids = _padded([talk.ids for talk in talks], int(self.tokenizer.pad_token_id))  # type: ignore[arg-type]
         labels = _padded([talk.labels for talk in talks], _IGNORED)
         shown = seen.nonzero()[:, 0]
-        words, scores, cells = model(*(x.to(self.device) for x in (pixel_values, grid, shown, ids, labels)))
+        words, scores, guess = model(*(x.to(self.device) for x in (pixel_values, grid, shown, ids, labels)))
         wanted = told_apart({key: numbers[index] for key, numbers in self.wanted.items()}, whole, mild)
         wanted = {key: numbers.to(self.device) for key, numbers in wanted.items()}
         if self.teacher is not None:
-            read, figures = teaching_loss(self.teacher, pictures, scores, cells, wanted)
+            read, figures = teaching_loss(self.teacher, pictures, scores, guess, wanted)
         else:
             parts = label_losses(scores, wanted)
             read = torch.stack(list(parts.values())).sum()

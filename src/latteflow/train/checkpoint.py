@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from latteflow.data.shards import sha256_of
+from latteflow.data.shards import sha256_of, sync
 from latteflow.errors import UserError
 
 _MANIFEST = "manifest.json"
@@ -64,7 +64,7 @@ def save_checkpoint(
         _write_manifest(partial)
         shutil.rmtree(folder, ignore_errors=True)  # of a run that went on from an older one
         os.replace(partial, folder)
-        _sync(folder.parent)
+        sync(folder.parent)
     except (OSError, RuntimeError, SafetensorError) as error:  # the libraries wrap a full disk in their own
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(f"checkpoint {folder} cannot be written: {_reason(error)}") from error
@@ -142,19 +142,11 @@ def _write_manifest(folder: Path) -> None:
     """Force the folder's files to the disk and write down what they are, last of all."""
     files = {}
     for file in sorted(folder.iterdir()):
-        _sync(file)
+        sync(file)
         files[file.name] = {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
     (folder / _MANIFEST).write_text(json.dumps({"files": files}, indent=1))
-    _sync(folder / _MANIFEST)
-    _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(folder / _MANIFEST)
+    sync(folder)
 
 
 def _reason(error: Exception) -> str:

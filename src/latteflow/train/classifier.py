@@ -110,23 +110,21 @@ class PictureClassifier(nn.Module):
         """Change nothing: batch statistics stay ImageNet's, and there is no dropout."""
         return super().train(False)
 
-    def features(self, pictures: torch.Tensor, *, early: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+    def features(self, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return features of the last layer, (number, 1280, h, w), and of the early ones, (number, values), float32.
 
         Args:
             pictures: float in [-1, 1], (number, 3, height, width).
-            early: whether the early ones are wanted; if not, there are no values of them.
         """
         size = (self.picture_size, self.picture_size)
         x = functional.interpolate(pictures, size=size, mode="bilinear", align_corners=False)
         x = x.contiguous(memory_format=torch.channels_last)
         with torch.no_grad():
             x = functional.relu6(self.stem[1](self.stem[0](x)))
-            low = [_moments(x)] if early else [torch.zeros(len(x), 0)]
+            low = [_moments(x)]
             for block in self.stem[2:]:
                 x = block(x)
-                if early:
-                    low.append(_moments(x))
+                low.append(_moments(x))
         for block in self.blocks:
             x = block(x)
         return functional.relu6(self.top(x)).float(), torch.cat(low, dim=1)
@@ -140,10 +138,11 @@ class PictureClassifier(nn.Module):
         cells = self._cells(top)
         return self.scores(cells.mean(dim=1), self._standard_low(low)), cells
 
-    def opinion(self, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the concepts' scores and the cells alone, for less than ``forward`` costs."""
-        cells = self._cells(self.features(pictures, early=False)[0])
-        return self.concept_scores(cells.mean(dim=1)), cells
+    def opinion(self, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the concepts' scores, the cells, and the early moments, (number, values), of spread about 1."""
+        top, low = self.features(pictures)
+        cells = self._cells(top)
+        return self.concept_scores(cells.mean(dim=1)), cells, self._standard_low(low)
 
     def _cells(self, top: torch.Tensor) -> torch.Tensor:
         return (top.flatten(2).transpose(1, 2) - self.top_mean) / self.top_spread

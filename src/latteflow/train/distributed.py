@@ -17,6 +17,7 @@ from torch import distributed, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from latteflow.models.transformer import LatteFlowTransformer
+from latteflow.nn.block import ReplicaLayer
 
 Strategy = Literal["ddp", "fsdp2"]
 
@@ -30,7 +31,7 @@ def shard(model: nn.Module, accelerator: Accelerator, *, half: bool) -> None:
         half: gather weights in bfloat16 for computing; they are kept, and gradients reduced, in float32.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     # Inputs stay as they are: bfloat16 has 8 bits, which would send times to other experts.
@@ -42,6 +43,8 @@ def shard(model: nn.Module, accelerator: Accelerator, *, half: bool) -> None:
     for module in model.modules():
         if type(module).__name__ in names:
             fully_shard(module, **settings)
+        if isinstance(module, ReplicaLayer):  # previews ask for what t does ahead
+            register_fsdp_forward_method(module, "modulation_of")
     fully_shard(model, **settings)
     if isinstance(model, LatteFlowTransformer):
         model.run_groups_of_all_processes = True

@@ -163,7 +163,8 @@ def _latents(job: EncodeJob, work: LatentWork, watch: Watch) -> list[dict[str, A
                 _write_quarantine(job.folder, entries)
                 raise UserError(
                     f"{bad} of {total or done} samples are bad, more than data.quarantine_limit="
-                    f"{job.quarantine_limit:g} allows: {job.folder / _QUARANTINE} lists them"
+                    f"{job.quarantine_limit:g} allows. Mend or remove what {job.folder / _QUARANTINE} lists, "
+                    f"delete {job.folder}, and start again"
                 )
     return sorted(entries, key=lambda entry: entry["file"])
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -71,29 +71,41 @@ def picture_tokens(visual: Any, patches: torch.Tensor, grid: torch.Tensor) -> to
     return visual.merger(x).view(number, length // visual.spatial_merge_size**2, -1)
 
 
+class Guess(NamedTuple):
+    """What a tower's readers take a teacher to see in pictures."""
+
+    cells: torch.Tensor
+    """Its features there, (number, tokens, 1280)."""
+    texture: torch.Tensor
+    """Its early moments, (number, values): strokes and shading, which tell styles."""
+
+
 class Readers(nn.Module):
     """What reads classes, and the teacher's features, from a picture's tokens in training; left behind at export.
 
     Args:
         hidden_size: of a token.
         classes: how many classes each head tells apart, by name.
-        taught: whether there is a teacher, whose features are read too.
+        textures: how many early moments the teacher has, which are read with its features; 0 for no teacher.
     """
 
     reads_out = True
 
-    def __init__(self, hidden_size: int, classes: Mapping[str, int], *, taught: bool) -> None:
+    def __init__(self, hidden_size: int, classes: Mapping[str, int], *, textures: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(hidden_size)
         self.heads = nn.ModuleDict({name: nn.Linear(hidden_size, number) for name, number in classes.items()})
-        self.cells = nn.Linear(hidden_size, TOP_WIDTH) if taught else None
+        self.cells = nn.Linear(hidden_size, TOP_WIDTH) if textures else None
+        self.texture = nn.Linear(hidden_size, textures) if textures else None
 
-    def forward(self, tokens: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
-        """Return each head's scores of the mean token, and each token's guess of the teacher's features there."""
+    def forward(self, tokens: torch.Tensor) -> tuple[dict[str, torch.Tensor], Guess | None]:
+        """Return each head's scores of the mean token, and what the teacher is guessed to see."""
         tokens = self.norm(tokens.float())
         mean = tokens.mean(dim=1)
-        cells = None if self.cells is None else self.cells(tokens).float()
-        return {name: head(mean).float() for name, head in self.heads.items()}, cells
+        scores = {name: head(mean).float() for name, head in self.heads.items()}
+        if self.cells is None or self.texture is None:
+            return scores, None
+        return scores, Guess(self.cells(tokens).float(), self.texture(mean).float())
 
 
 class SupervisedVision(nn.Module):
@@ -103,7 +115,7 @@ class SupervisedVision(nn.Module):
         super().__init__()
         self.visual, self.readers = visual, readers
 
-    def forward(self, patches: torch.Tensor, grid: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+    def forward(self, patches: torch.Tensor, grid: torch.Tensor) -> tuple[dict[str, torch.Tensor], Guess | None]:
         """Return the readers' scores and features of pictures of one size."""
         return self.readers(picture_tokens(self.visual, patches, grid))
 
@@ -112,33 +124,35 @@ def teaching_loss(
     teacher: PictureClassifier,
     pictures: torch.Tensor,
     scores: Mapping[str, torch.Tensor],
-    cells: torch.Tensor | None,
+    guess: Guess | None,
     wanted: Mapping[str, torch.Tensor],
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Return the loss of a tower's readers against a teacher and the labels, and its parts.
 
-    The parts: squared error of the features, cell by cell; divergence from the teacher's concepts, of the concept head
-    and of the teacher's own last layer on the tower's features; cross entropy of what labels there are.
+    The parts: squared error of the features, cell by cell, and of the early moments; divergence from the teacher's
+    concepts, of the concept head and of the teacher's own last layer on the tower's features; cross entropy of what
+    labels there are. Labels alone teach few styles that carry to other pictures (docs/LOG.md). [D]
 
     Args:
         teacher: frozen; its cells have to be as many as the tower's tokens.
         pictures: what the tower saw, float in [-1, 1].
         scores: the readers' scores.
-        cells: the readers' features, (number, tokens, 1280).
+        guess: what the readers take the teacher to see.
         wanted: class numbers of each of ``KEYS``, int64 (number,), -100 where there is no label.
     """
     with torch.no_grad():
-        taught, target = teacher.opinion(pictures)
-    if cells is None or cells.shape != target.shape:
-        seen = "none" if cells is None else cells.shape[1]
+        taught, target, texture = teacher.opinion(pictures)
+    if guess is None or guess.cells.shape != target.shape:
+        seen = "none" if guess is None else guess.cells.shape[1]
         raise UserError(
             f"the tower has {seen} tokens a picture, the teacher {target.shape[1]} cells: patch_size of the one and "
             "picture_size of the other have to agree"
         )
     opinion = taught.softmax(dim=1)
-    read = teacher.concept_scores(cells.mean(dim=1))
+    read = teacher.concept_scores(guess.cells.mean(dim=1))
     parts = {
-        "features": functional.mse_loss(cells, target),
+        "features": functional.mse_loss(guess.cells, target),
+        "texture": functional.mse_loss(guess.texture, texture),
         "opinion": _divergence(scores["concept"], opinion) + _divergence(read, opinion),
     }
     for key, loss in label_losses(scores, wanted).items():
@@ -214,7 +228,11 @@ class VisionStage(Stage):
         self.visual = small_vision(settings)
         self.model: nn.Module = SupervisedVision(
             self.visual,
-            Readers(settings.hidden_size, {key: len(values) for key, values in self.classes.items()}, taught=True),
+            Readers(
+                settings.hidden_size,
+                {key: len(values) for key, values in self.classes.items()},
+                textures=len(self.teacher.low_mean),
+            ),
         )
         self.wanted = answerable(images.records, self.classes)
         # What else there is tells styles from things: the few labelled pictures alone are learnt by heart.
@@ -246,9 +264,9 @@ class VisionStage(Stage):
         )
         wanted = told_apart(wanted, whole, mild)
         pictures = pictures.to(self.device)
-        scores, cells = model(*patches_of(pictures, patch_size=self.settings.patch_size))
+        scores, guess = model(*patches_of(pictures, patch_size=self.settings.patch_size))
         wanted = {key: numbers.to(self.device) for key, numbers in wanted.items()}
-        loss, figures = teaching_loss(self.teacher, pictures, scores, cells, wanted)
+        loss, figures = teaching_loss(self.teacher, pictures, scores, guess, wanted)
         return loss * samples.share, figures
 
     def validate(self) -> dict[str, float]:
@@ -303,7 +321,7 @@ def load_vision(folder: str | Path, model: SupervisedVision) -> None:
         raise UserError(f"no vision tower in {folder}: train one with `latteflow train recipes/emoji-64/vision.yaml`")
     state = load_file(file)
     if model.readers.cells is None:
-        state = {name: tensor for name, tensor in state.items() if not name.startswith("readers.cells.")}
+        state = {name: x for name, x in state.items() if not name.startswith(("readers.cells.", "readers.texture."))}
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
