@@ -2,9 +2,9 @@
 
     python benchmarks/quantized.py --data data/emoji --drawings 64 --seeds 1 --threads 1
 
-Every case is loaded from the same files; timings are interleaved. Then, at the widths of Qwen2-VL-2B and with random
-weights, a step and the memory of a process that loads saved weights and draws: there matrices are large enough to tell.
-Writes ``--out``.
+Every case is loaded from the same files; timings are interleaved, and left out with ``--runs 0``, as on a busy machine.
+Then, at the widths of Qwen2-VL-2B and with random weights, a step and the memory of a process that loads weights and
+takes steps: there matrices are large enough to tell. Linux only. Writes ``--out``.
 """
 
 from __future__ import annotations
@@ -12,23 +12,25 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from pages import table
 
 from latteflow import LatteFlowPipeline, LatteFlowTransformer, __version__
 from latteflow.evaluate.embedded import evaluate_embedded
 from latteflow.evaluate.memory import weight_bytes
 from latteflow.models.context import Context
 from latteflow.models.embedded import resolve_model
-from latteflow.models.quantization import quantization_config
+from latteflow.models.quantization import QUANTIZATIONS, quantization_config
 
 CASES = {
     "float32": (torch.float32, None),
@@ -44,9 +46,15 @@ PROMPTS = [
     for what in ("red heart", "umbrella", "grinning face", "automobile")
     for style in ("noto", "fluent 3d")
 ]
-WIDE = {"plain": None, "int8": "int8", "fp8": "fp8"}
-"""Cases of the wide replica, all in bfloat16."""
-WIDE_LAYERS = 4
+WIDE = {
+    "plain": ("plain", None),
+    "int8, saved": ("int8", None),
+    "fp8, saved": ("fp8", None),
+    "int8, made while loading": ("plain", "int8"),
+    "fp8, made while loading": ("plain", "fp8"),
+}
+"""Cases of the wide replica, all in bfloat16: the folder it is loaded from, and the quantisation asked for."""
+WIDE_LAYERS, WIDE_PROCESSES = 4, 5
 
 
 def main() -> None:
@@ -58,7 +66,7 @@ def main() -> None:
     parser.add_argument("--drawings", type=int, default=64)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--runs", type=int, default=5, help="timed drawings, and timed steps of the wide replica")
+    parser.add_argument("--runs", type=int, default=5, help="timed drawings, and timed steps; 0 for no timings")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "quantized.md")
     parser.add_argument("--wide", choices=["write", *WIDE], help=argparse.SUPPRESS)
@@ -68,7 +76,7 @@ def main() -> None:
     if options.wide == "write":
         write_wide(options.folder)
     elif options.wide is not None:
-        print(json.dumps(measure_wide(options.folder / options.wide, options.runs)))
+        print(json.dumps(measure_wide(options.folder, *WIDE[options.wide], options.runs)))
     else:
         page = report(options)
         print(page)
@@ -82,36 +90,44 @@ def report(options: argparse.Namespace) -> str:
     drawn = {name: draw(pipe, options.steps) for name, pipe in pipes.items()}
     figures = {name: evaluated(name, pipe, options) for name, pipe in pipes.items()}
     conditions = next(iter(figures.values()))["conditions"]
-    lines = [
-        "# benchmarks/quantized.py",
+    header = ["matrices, dtype", "weights, MB", *(["s a picture"] if options.runs else []), "off float32"]
+    header += ["real pictures: concept, style, category", "drawn, then asked: the same", "autoencoder, dB"]
+    rows = []
+    for name, pipe in pipes.items():
+        sizes = [weight_bytes(part) / 1e6 for part in (pipe.backbone, pipe.transformer, pipe.vae)]
+        weights = f"{sum(sizes):.1f} = {' + '.join(f'{size:.1f}' for size in sizes)}"
+        off = f"{(drawn[name] - drawn['float32']).abs().mean().item():.5f}"
+        real = shares(figures[name]["understanding"])
+        asked = shares({key: value["mean"] for key, value in figures[name]["drawn_then_asked"].items()})
+        decibels = f"{figures[name]['autoencoder_psnr_db']:.2f}"
+        rows.append([name, weights, *([spread(seconds[name])] if options.runs else []), off, real, asked, decibels])
+        if "judge" in figures[name]:
+            judged = shares({key: value["mean"] for key, value in figures[name]["judge"]["drawn"].items()})
+            rows.append([f"{name}, judge", *[""] * (len(header) - 3), judged, ""])
+    return "\n".join([*introduction(options, conditions), *table(header, rows), "", *wide_table(options)]) + "\n"
+
+
+def introduction(options: argparse.Namespace, conditions: dict[str, Any]) -> list[str]:
+    """Return what was run, and what the columns of the first table are."""
+    timed = (
+        f"Seconds: one picture, prompt and decoder included, median of {options.runs} interleaved (lowest to highest)."
+        if options.runs
+        else "Seconds were not measured: the machine was busy with other work."
+    )
+    return [
+        f"# benchmarks/quantized.py, {date.today().isoformat()}",
         "",
         f"`python benchmarks/quantized.py --drawings {options.drawings} --seeds {options.seeds} "
         f"--steps {options.steps} --runs {options.runs} --threads {options.threads}`",
         "",
-        f"{options.model}, latteflow {__version__}, torch {torch.__version__}, {platform.machine()} CPU, "
-        f"{options.threads} threads; {options.steps} steps, guidance 4. Weights: counted, in MB of 10^6 bytes, of "
-        "backbone, replica and autoencoder. Seconds: one picture, prompt and decoder included, median of "
-        f"{options.runs} interleaved (lowest to highest). Off float32: mean difference of pixels in [0, 1], of the "
-        f"same {len(PROMPTS)} prompts and noise. The rest is `latteflow evaluate`: {conditions['heldout_pictures']} "
-        f"held-out pictures, {conditions['drawings']} drawings, {len(conditions['seeds'])} seed(s), exact answers.",
+        f"{options.model}, latteflow {__version__}, torch {torch.__version__}, torchao {version('torchao')}, "
+        f"{platform.machine()} CPU, {options.threads} thread(s); {options.steps} steps, guidance 4. Weights: counted, "
+        f"in MB of 10^6 bytes, of backbone, replica and autoencoder. {timed} Off float32: mean difference of pixels in "
+        f"[0, 1], of the same {len(PROMPTS)} prompts and noise. The rest is `latteflow evaluate`: "
+        f"{conditions['heldout_pictures']} held-out pictures, {conditions['drawings']} drawings, "
+        f"{len(conditions['seeds'])} seed(s), exact answers.",
         "",
-        "| matrices, dtype | weights, MB | s a picture | off float32 | real pictures: concept, style, category "
-        "| drawn, then asked: the same | autoencoder, dB |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for name, pipe in pipes.items():
-        sizes = [weight_bytes(part) / 1e6 for part in (pipe.backbone, pipe.transformer, pipe.vae)]
-        off = (drawn[name] - drawn["float32"]).abs().mean().item()
-        real = shares(figures[name]["understanding"])
-        asked = shares({key: value["mean"] for key, value in figures[name]["drawn_then_asked"].items()})
-        lines.append(
-            f"| {name} | {sum(sizes):.1f} = {' + '.join(f'{size:.1f}' for size in sizes)} | {spread(seconds[name])} | "
-            f"{off:.5f} | {real} | {asked} | {figures[name]['autoencoder_psnr_db']:.2f} |"
-        )
-        if "judge" in figures[name]:
-            judged = {key: value["mean"] for key, value in figures[name]["judge"]["drawn"].items()}
-            lines.append(f"| {name}, judge | | | | | {shares(judged)} | |")
-    return "\n".join([*lines, "", *wide_table(options)]) + "\n"
 
 
 def load(model: str, dtype: torch.dtype, quantize: str | None) -> LatteFlowPipeline:
@@ -125,7 +141,7 @@ def load(model: str, dtype: torch.dtype, quantize: str | None) -> LatteFlowPipel
 def times(pipes: dict[str, LatteFlowPipeline], runs: int, steps: int) -> dict[str, list[float]]:
     """Return the seconds of single drawings, one of each case after the other; the first round is a warm-up."""
     seconds: dict[str, list[float]] = {name: [] for name in pipes}
-    for run in range(runs + 1):
+    for run in range(runs + 1 if runs else 0):
         for name, pipe in pipes.items():
             began = time.perf_counter()
             pipe(PROMPTS[0], num_inference_steps=steps, generator=torch.Generator().manual_seed(run))
@@ -163,19 +179,23 @@ def wide_table(options: argparse.Namespace) -> list[str]:
             return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
         child("write")
-        results = {case: json.loads(child(case).splitlines()[-1]) for case in WIDE}
-    lines = [
+        runs = [(case, json.loads(child(case).splitlines()[-1])) for _ in range(WIDE_PROCESSES) for case in WIDE]
+    header = ["matrices", "weights, MB", "peak, MB", *(["s to load", "s a step"] if options.runs else [])]
+    rows = []
+    for case in WIDE:
+        results = [result for name, result in runs if name == case]
+        sizes = [f"{results[0]['weights'] / 1e6:.0f}", spread([result["peak"] / 1e6 for result in results], 0)]
+        load, step = [result["load"] for result in results], [one for result in results for one in result["seconds"]]
+        rows.append([case, *sizes, *([spread(load, 1), spread(step)] if options.runs else [])])
+    return [
         f"{WIDE_LAYERS} layers of Qwen2-VL-2B's widths in one group, random weights, bfloat16; a guided step: two "
-        f"sequences of 64 latents behind 16 words; median of {options.runs} steps (lowest to highest). Peak: resident "
-        "set of a process that loads the saved weights and takes the steps, above the imports'.",
+        f"sequences of 64 latents behind 16 words. {WIDE_PROCESSES} processes a case: median (lowest to highest). "
+        "Peak: the most memory resident in a process that loads the weights and takes steps, above the imports'; pages "
+        "of mapped files count, which the system may take back. Quantised weights are read as they were saved, or made "
+        "from plain ones while those are loaded.",
         "",
-        "| matrices | weights, MB | peak, MB | s to load | s a step |",
-        "| --- | --- | --- | --- | --- |",
+        *table(header, rows),
     ]
-    for case, result in results.items():
-        sizes = f"{result['weights'] / 1e6:.0f} | {result['peak'] / 1e6:.0f}"
-        lines.append(f"| {case} | {sizes} | {result['load']:.1f} | {spread(result['seconds'])} |")
-    return lines
 
 
 def write_wide(folder: Path) -> None:
@@ -183,21 +203,22 @@ def write_wide(folder: Path) -> None:
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     LatteFlowTransformer(num_layers=WIDE_LAYERS, num_groups=1).save_pretrained(folder / "plain")
-    for case, quantize in WIDE.items():
-        if quantize is not None:
-            config = quantization_config(quantize).quant_mapping["transformer"]
-            replica = LatteFlowTransformer.from_pretrained(
-                folder / "plain", dtype=torch.bfloat16, quantization_config=config
-            )
-            replica.save_pretrained(folder / case)
+    for quantize in QUANTIZATIONS:
+        load_wide(folder / "plain", quantize).save_pretrained(folder / quantize)
+
+
+def load_wide(folder: Path, quantize: str | None) -> LatteFlowTransformer:
+    """Load a replica in bfloat16, as it was saved or quantised while loading."""
+    config = None if quantize is None else quantization_config(quantize).quant_mapping["transformer"]
+    return LatteFlowTransformer.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=config).eval()
 
 
 @torch.no_grad()
-def measure_wide(folder: Path, runs: int) -> dict[str, Any]:
+def measure_wide(folder: Path, saved: str, quantize: str | None, runs: int) -> dict[str, Any]:
     """Load a replica, take steps; return bytes and seconds."""
-    imported = high_water_bytes()
+    imported = resident_bytes("VmRSS")
     began = time.perf_counter()
-    replica = LatteFlowTransformer.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    replica = load_wide(folder / saved, quantize)
     loaded, seconds, config = time.perf_counter() - began, [], replica.config
     shape = (2, config.num_layers, config.num_key_value_heads, 16, config.head_dim)
     keys, values = torch.randn(2, *shape, dtype=torch.bfloat16)
@@ -207,18 +228,18 @@ def measure_wide(folder: Path, runs: int) -> dict[str, Any]:
         began = time.perf_counter()
         replica(x_t, 0.5, context)
         seconds.append(time.perf_counter() - began)
-    peak = high_water_bytes() - imported
+    peak = resident_bytes("VmHWM") - imported
     return {"load": loaded, "seconds": seconds[1:], "peak": peak, "weights": weight_bytes(replica)}
 
 
-def high_water_bytes() -> int:
-    """Return the most that this process has held in memory so far (Linux counts in KiB)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def resident_bytes(field: str) -> int:
+    """Return what is ("VmRSS"), or at most was ("VmHWM"), resident; ``ru_maxrss`` would start from the parent's."""
+    return int(Path("/proc/self/status").read_text().partition(f"{field}:")[2].split()[0]) * 1024
 
 
-def spread(seconds: list[float]) -> str:
+def spread(values: list[float], digits: int = 3) -> str:
     """Return median, lowest and highest."""
-    return f"{statistics.median(seconds):.3f} ({min(seconds):.3f} to {max(seconds):.3f})"
+    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
 def shares(values: dict[str, float]) -> str:

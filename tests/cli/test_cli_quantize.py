@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 
 import pytest
 import torch
@@ -59,6 +60,24 @@ def test_generate_ask_and_chat_take_them(latteflow, saved_pipeline, tmp_path, mo
     with Image.open(tmp_path / "chat-0.png") as image:
         assert image.text["quantize"] == "int8"
     assert loaded == ["int8", "int8"]
+
+
+@pytest.mark.parametrize(
+    ("words", "kind"),
+    [(["--dtype", "bfloat16"], "none"), pytest.param(["--quantize", "fp8"], "fp8", marks=needs_torchao)],
+)
+def test_evaluate_takes_them(latteflow, saved_pipeline, toy_set, tmp_path, monkeypatch, words, kind):
+    monkeypatch.chdir(tmp_path)  # where no judge is found
+    data = {"leave_out_groups": [], "leave_out_subgroups": [], "styles": [], "skin_tones": []}
+    model = shutil.copytree(saved_pipeline, tmp_path / "model")
+    (model / "recipe.json").write_text(json.dumps({"data": data}))
+    options = ["--data", toy_set, "--drawings", 2, "--steps", 2, "--seeds", 1, "--json", *words]
+    outcome = latteflow("evaluate", model, *options)
+    assert outcome.code == 0, outcome.err
+    figures = json.loads(outcome.out)
+    assert figures["conditions"]["dtype"] == ("bfloat16" if "bfloat16" in words else "float32")
+    assert figures["conditions"]["quantization"] == kind
+    assert figures["autoencoder_psnr_db"] > 0
 
 
 def recorded(function, calls):

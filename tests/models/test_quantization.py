@@ -6,6 +6,8 @@ import shutil
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from latteflow import LatteFlowPipeline
 from latteflow.errors import UserError
@@ -20,6 +22,7 @@ from latteflow.models.quantization import (
     quantized_settings,
     stored_bytes,
 )
+from latteflow.models.saved import require_weights
 from latteflow.models.weight_store import transformer_without_layers
 from toys import seeded, toy_picture, toy_pipeline
 
@@ -67,10 +70,11 @@ def test_every_matrix_of_the_layers_is_quantised_and_nothing_that_stands_around_
     pipe = quantized[kind]
     assert quantization_of(pipe.transformer) == quantization_of(pipe.backbone) == kind
     assert quantization_of(pipe.vae) is None
-    for name, module in pipe.transformer.named_modules():
-        if isinstance(module, torch.nn.Linear):
-            assert quantization_of(module) == (None if name.startswith("io.") else kind), name
-    assert quantization_of(pipe.backbone.get_input_embeddings()) is None
+    for part, plain in ((pipe.transformer, "io."), (pipe.backbone, "lm_head")):
+        for name, module in part.named_modules():
+            wanted = kind if isinstance(module, torch.nn.Linear) and not name.startswith(plain) else None
+            for own, weight in module.named_parameters(recurse=False):
+                assert quantization_of(torch.nn.ParameterList([weight])) == (wanted if own == "weight" else None), name
 
 
 @needs_torchao
@@ -88,6 +92,7 @@ def test_other_dtypes_draw_as_well(saved_pipeline, kind, dtype):
 def test_bytes_are_those_in_memory(quantized, saved_pipeline, kind):
     linear = quantized[kind].transformer.layers[0].mlp.up_proj.weight
     rows, columns = linear.shape
+    assert linear.qdata.dtype == {"int8": torch.int8, "fp8": torch.float8_e4m3fn}[kind]
     scales = rows * (5 if kind == "int8" else 4)  # float32, and torchao's zero points of int8, which are all zero
     assert stored_bytes(linear) == rows * columns + scales
     assert linear.nbytes == 4 * rows * columns  # what it says of itself
@@ -130,13 +135,45 @@ def test_a_backbone_found_by_its_name_is_quantised_too(saved_pipeline, tmp_path)
 @needs_torchao
 def test_lacking_weights_are_refused_whether_they_are_quantised_or_not(saved_pipeline, tmp_path):
     shutil.copytree(saved_pipeline, tmp_path / "model")
-    from safetensors.torch import load_file, save_file
-
-    file = tmp_path / "model" / "backbone" / "model.safetensors"
-    weights = {key: value for key, value in load_file(file).items() if "up_proj" not in key}
-    save_file(weights, file, metadata={"format": "pt"})
+    leave_out(tmp_path / "model" / "backbone", "up_proj")
     with pytest.raises(UserError, match="the backbone's files hold"):
         loaded(tmp_path / "model", quantization_config=quantization_config("int8"))
+
+
+@needs_torchao
+@KINDS
+def test_lacking_weights_of_quantised_files_are_refused(quantized, tmp_path, kind):
+    for part, lacking, message in (
+        ("backbone", "layers.0.mlp.up_proj", "the backbone's files hold"),
+        ("backbone", "layers.0.input_layernorm", "the backbone's files hold"),
+        ("transformer", "layers.0.mlp.up_proj", "the transformer's files lack"),
+    ):
+        folder = tmp_path / part / lacking
+        quantized[kind].save_pretrained(folder)
+        leave_out(folder / part, lacking)
+        with pytest.raises(UserError, match=message):
+            loaded(folder)
+
+
+def test_weights_quantised_in_another_way_may_be_fewer_elements(tmp_path):
+    part = tmp_path / "backbone"
+    part.mkdir()
+    (part / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "bitsandbytes_4bit"}}))
+    save_file({"weight": torch.zeros(8, dtype=torch.uint8)}, part / "model.safetensors")
+    whole, nothing = torch.nn.Linear(4, 4, bias=False), torch.nn.Module()
+    require_weights(tmp_path, whole, nothing, nothing)
+    (part / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="the backbone's files hold 8 of its 16 weights"):
+        require_weights(tmp_path, whole, nothing, nothing)
+
+
+def leave_out(part, word):
+    """Take the weights whose names hold a word out of a part's file."""
+    (file,) = part.glob("*.safetensors")
+    with safe_open(file, framework="pt") as tensors:
+        metadata = tensors.metadata()
+    kept = {key: value for key, value in load_file(file).items() if word not in key}
+    save_file(kept, file, metadata=metadata)
 
 
 @needs_torchao
@@ -164,9 +201,23 @@ def test_adapters_learn_beside_quantised_weights_and_are_saved(saved_pipeline, t
     LatteFlowPipeline.save_lora_weights(
         tmp_path, get_peft_model_state_dict(replica), transformer_lora_adapter_metadata=config
     )
+    with pytest.raises(ValueError, match="Casting a quantized model"):
+        replica.save_lora_adapter(tmp_path / "refused")
     again = fresh()
     again.load_lora_weights(tmp_path)
     torch.testing.assert_close(drawn(again), after, atol=1e-5, rtol=0)
+    again.transformer.fuse_lora()
+    again.transformer.unload_lora()
+    assert quantization_of(again.transformer) == kind
+    assert 0 < (drawn(again) - after).abs().mean() < MOST_DIFFERENCE[kind]
+
+
+@needs_torchao
+def test_another_dtype_after_loading_is_refused(saved_pipeline):
+    pipe = loaded(saved_pipeline, quantization_config=quantization_config("int8"))
+    with pytest.raises(ValueError, match="Casting a quantized model"):
+        pipe.to(torch.float16)
+    assert {part.dtype for part in (pipe.backbone, pipe.transformer, pipe.vae)} == {torch.float32, torch.float16}
 
 
 @needs_torchao
@@ -198,8 +249,6 @@ def test_without_torchao_the_extra_is_named(monkeypatch, saved_pipeline, tmp_pat
 
 def make_quantized(part):
     """Make a part's files look like torchao's as far as their headers go."""
-    from safetensors.torch import load_file, save_file
-
     config = json.loads((part / "config.json").read_text())
     (part / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "torchao"}}))
     (file,) = part.glob("*.safetensors")

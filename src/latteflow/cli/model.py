@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -27,7 +26,7 @@ DtypeOption = Annotated[
     typer.Option("--dtype", help="float32, bfloat16 or float16; left out, float32 on CPU and for embedded models."),
 ]
 QuantizeOption = Annotated[
-    str | None, typer.Option("--quantize", help="Hold matrices as int8 or fp8: less memory, slower (docs/memory.md).")
+    str | None, typer.Option("--quantize", help="Hold matrices as int8 or fp8 (docs/memory.md).")
 ]
 DEFAULT_MODEL = "emoji-64"
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -50,18 +49,15 @@ def load_pipeline(
     from safetensors import SafetensorError
     from transformers.utils import logging as transformers_logging
 
-    # torchao, where it is installed, is imported by diffusers, and complains of kernels for GPUs that are not there.
-    for name in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    from latteflow.models.embedded import embedded_models, resolve_model
+    from latteflow.models.quantization import quantization_config, quantized_settings
+    from latteflow.pipeline import LatteFlowPipeline
+
     diffusers_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     disable_progress_bars()
-    from latteflow.models.embedded import embedded_models, resolve_model
-    from latteflow.models.quantization import quantization_config, quantized_settings
-    from latteflow.pipeline import LatteFlowPipeline
-
     embedded = embedded_models()
     _check_place(model, embedded)
     target = _device(device)
