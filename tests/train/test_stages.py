@@ -199,13 +199,15 @@ def test_the_generator_reads_what_it_computed_ahead(generator_stage):
     torch.testing.assert_close(stage.feed.latents.mean((0, 2, 3)), torch.zeros(4), rtol=0, atol=1e-4)
     torch.testing.assert_close(stage.feed.latents.std((0, 2, 3)), torch.ones(4), rtol=0, atol=1e-4)
     assert len(stage.feed.contexts) == 36 * 2 + 1
-    caption = prompts.draw_caption(stage.feed.images.records[5], generator_of(0, "caption", 5, 1))
-    alone = stage.pipe.encode_prompt([caption])
-    length = alone.mask.shape[1]
-    assert int(stage.feed.contexts.next_position[11]) == length
-    torch.testing.assert_close(
-        stage.feed.contexts.keys[11, :, :, :length].float(), alone.keys[0], rtol=1e-2, atol=2e-2
-    )  # kept in bfloat16
+    for row in range(8, 12):
+        record = stage.feed.images.records[row // 2]
+        drawn = prompts.draw_caption(record, generator_of(0, "caption", row // 2, 1))
+        alone = stage.pipe.encode_prompt([drawn if row % 2 else prompts.canonical_caption(record)])
+        length = alone.mask.shape[1]
+        assert int(stage.feed.contexts.next_position[row]) == length
+        torch.testing.assert_close(
+            stage.feed.contexts.keys[row, :, :, :length].float(), alone.keys[0], rtol=1e-2, atol=2e-2
+        )  # kept in bfloat16
     assert int(stage.feed.contexts.next_position[-1]) == int(stage.pipe.encode_prompt([""]).next_position[0])
 
 

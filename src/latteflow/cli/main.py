@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from latteflow.cli.ask import ask
+from latteflow.cli.benchmark import benchmark
 from latteflow.cli.chat import chat
 from latteflow.cli.data import data
 from latteflow.cli.encode import encode
@@ -27,6 +28,7 @@ _EXTRAS = {
     "datasets": "data",
     "resvg_py": "data",
     "ray": "ray",
+    "matplotlib": "plots",
     "torchao": "quantize",
 }
 """Which extra brings a module that only some verbs need."""
@@ -50,7 +52,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for _verb in (generate, ask, chat, info, data, encode, train, merge, evaluate):
+for _verb in (generate, ask, chat, info, data, encode, train, merge, evaluate, benchmark):
     app.command()(_verb)
 
 

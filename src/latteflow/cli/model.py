@@ -60,7 +60,7 @@ def load_pipeline(
     disable_progress_bars()
     embedded = embedded_models()
     _check_place(model, embedded)
-    target = _device(device)
+    target = target_device(device)
     settings: dict[str, Any] = {} if quantize is None else {"quantization_config": quantization_config(quantize)}
     if dtype is not None:
         settings["dtype"] = getattr(torch, dtype)
@@ -101,7 +101,12 @@ def _no_model(model: str, embedded: Iterable[str]) -> str:
     return f"no model {model!r}: embedded are {', '.join(embedded) or 'none'}; a folder or hub id (owner/name) will do"
 
 
-def _device(name: str | None) -> torch.device:
+def target_device(name: str | None) -> torch.device:
+    """Return the device of that name; without one, CUDA where there is one, else the CPU.
+
+    Raises:
+        UserError: it is not to be had here.
+    """
     import torch
 
     if name is None:

@@ -65,7 +65,7 @@ def evaluate_embedded(
     Raises:
         UserError: no recipe, no data set, or no judge where one is named.
     """
-    heldout = load_captioned_images(data, "heldout", **_filters(model_folder))
+    heldout = load_captioned_images(data, "heldout", **pictures_of_model(model_folder))
     watch(f"{len(heldout)} held-out pictures")
     results: dict[str, Any] = {"conditions": _conditions(pipe, heldout, drawings, steps, guidance_scale, seeds)}
     watch("autoencoder")
@@ -77,12 +77,12 @@ def evaluate_embedded(
     }
     part = heldout.spread(drawings)
     results["understanding_of_the_same_pairs"] = _shares(pipe, part, part.pictures(range(len(part))))
-    outside = [] if judge is None else _outside_measures(judge, data, _filters(model_folder), part, watch)
+    outside = [] if judge is None else outside_measures(judge, data, model_folder, part, watch)
     runs: list[dict[str, dict[str, float]]] = []
     for seed in seeds:
         watch(f"drawings of seed {seed}")
-        drawn = _draw(pipe, part, steps, guidance_scale, seed)
-        pixels = _pixels(drawn)
+        drawn = drawings_of(pipe, part, seed, num_inference_steps=steps, guidance_scale=guidance_scale)
+        pixels = pixels_of(drawn)
         runs.append({"asked": _shares(pipe, part, drawn), **{name: measure(pixels) for name, measure in outside}})
     results["drawn_then_asked"] = _spreads([run["asked"] for run in runs])
     for name, measure in outside:
@@ -118,13 +118,25 @@ def _beside_real(real: dict[str, float], runs: Sequence[dict[str, float]]) -> di
     return {"real": real, "drawn": drawn, "drawn_by_real": by_real}
 
 
-def _outside_measures(
-    judge: Path, data: Path, filters: dict[str, Any], part: CaptionedImages, watch: Callable[[str], None]
+def outside_measures(
+    judge: Path,
+    data: Path,
+    model_folder: Path,
+    part: CaptionedImages,
+    watch: Callable[[str], None] = lambda message: None,
 ) -> list[tuple[str, Callable[[torch.Tensor], dict[str, float]]]]:
-    """Return the judge's shares and the features' distances, as functions of pictures of ``part``'s captions."""
+    """Return the judge's shares ("judge") and the features' distances ("features"), as functions of pictures.
+
+    Args:
+        judge: folder of the trained judge.
+        data: the folder that ``latteflow data emoji`` wrote.
+        model_folder: where the model's ``recipe.json`` lies.
+        part: what pictures should show: uint8 (number, 3, height, width), one for each.
+        watch: told what is being done.
+    """
     classifier = load_classifier(judge, what="judge")
     watch("features of real training pictures")
-    real = load_captioned_images(data, "train", **filters)
+    real = load_captioned_images(data, "train", **pictures_of_model(model_folder))
     fidelity = Fidelity(convolutional_features(pretrained=True), real.pixels, len(part))
     return [("judge", lambda pixels: judged_shares(classifier, part, pixels)), ("features", fidelity.of)]
 
@@ -149,7 +161,8 @@ def judged_shares(judge: PictureClassifier, images: CaptionedImages, pixels: tor
     return {**hit_shares(scores, wanted), "judged": len(known)}
 
 
-def _pixels(pictures: Sequence[Image.Image]) -> torch.Tensor:
+def pixels_of(pictures: Sequence[Image.Image]) -> torch.Tensor:
+    """Return pictures of one size as uint8 (number, 3, height, width)."""
     return torch.from_numpy(np.stack([np.asarray(picture.convert("RGB")) for picture in pictures])).permute(0, 3, 1, 2)
 
 
@@ -161,8 +174,12 @@ def _spread(figures: Sequence[float]) -> dict[str, float]:
     return {"mean": sum(figures) / len(figures), "lowest": min(figures), "highest": max(figures)}
 
 
-def _filters(model_folder: Path) -> dict[str, Any]:
-    """Return which pictures the model was trained for, as its recipe says."""
+def pictures_of_model(model_folder: Path) -> dict[str, Any]:
+    """Return which pictures the model was trained for, as its recipe says: arguments of ``load_captioned_images``.
+
+    Raises:
+        UserError: there is no recipe.
+    """
     file = model_folder / "recipe.json"
     if not file.is_file():
         raise UserError(f"{model_folder} holds no recipe.json: only models that `latteflow train` wrote are evaluated")
@@ -193,14 +210,19 @@ def _shares(pipe: LatteFlowPipeline, images: CaptionedImages, pictures: Sequence
     return shares
 
 
-def _draw(
-    pipe: LatteFlowPipeline, images: CaptionedImages, steps: int, guidance_scale: float, seed: int
-) -> list[Image.Image]:
-    """Return one drawing of each picture's canonical caption; picture i of a seed starts from noise of its own."""
+def drawings_of(pipe: LatteFlowPipeline, images: CaptionedImages, seed: int, **sampling: Any) -> list[Image.Image]:
+    """Return one drawing of each picture's canonical caption.
+
+    Args:
+        pipe: the model.
+        images: whose captions.
+        seed: picture i of a seed starts from noise of its own.
+        **sampling: what the pipeline's call takes, such as ``num_inference_steps``.
+    """
     captions = [prompts.canonical_caption(record) for record in images.records]
     drawn: list[Image.Image] = []
     for start in range(0, len(captions), _AT_ONCE):
         some = captions[start : start + _AT_ONCE]
         generator = torch.Generator().manual_seed(seed * 1_000_000 + start)
-        drawn += pipe(some, num_inference_steps=steps, guidance_scale=guidance_scale, generator=generator).images
+        drawn += pipe(some, generator=generator, **sampling).images
     return drawn

@@ -97,7 +97,7 @@ class MemoryFeed(Feed):
     Args:
         images: to train on.
         heldout: to validate on, with their canonical captions.
-        captions_per_image: captions drawn for a picture.
+        captions_per_image: captions of a picture; the first is its canonical one, the others are drawn.
         seed: of that draw.
     """
 
@@ -110,14 +110,15 @@ class MemoryFeed(Feed):
         """Compute all latents and contexts."""
         super().prepare(pipe, device)
         self.latents = self._encode(self.images)
-        captions = [
-            draw_caption(record, generator_of(self.seed, "caption", number, variant))
-            for number, record in enumerate(self.images.records)
-            for variant in range(self.captions_per_image)
-        ]
+        captions = [caption for number in range(self.number) for caption in self._captions(number)]
         self.contexts = self._contexts([*captions, ""])
         self.heldout_latents = self._encode(self.heldout)
         self.heldout_contexts = self._contexts([canonical_caption(record) for record in self.heldout.records])
+
+    def _captions(self, number: int) -> list[str]:
+        record = self.images.records[number]
+        generators = (generator_of(self.seed, "caption", number, i) for i in range(1, self.captions_per_image))
+        return [canonical_caption(record), *(draw_caption(record, generator) for generator in generators)]
 
     @torch.no_grad()
     def statistics(self, vae: Any) -> tuple[list[float], list[float]]:

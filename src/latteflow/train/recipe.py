@@ -262,7 +262,7 @@ class GeneratorSection(Section):
     uniform_mix: Annotated[float, Field(ge=0.1, le=1)] = 0.1
     prompt_dropout: Probability = 0.1
     captions_per_image: PositiveInt = 4
-    """Captions drawn for each picture ahead of training; their contexts are computed once."""
+    """Captions of each picture, the canonical one and others that are drawn; their contexts are computed once."""
     preview_prompts: tuple[str, ...] = ("a slice of pizza, noto style",)
     guidance_scale: float = 3.0
 
