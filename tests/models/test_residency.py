@@ -6,6 +6,7 @@ import threading
 import time
 import weakref
 from collections import Counter
+from importlib.util import find_spec
 from pathlib import Path
 
 import peft
@@ -506,8 +507,10 @@ def test_the_documents_examples_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = (Path(__file__).parents[2] / "docs" / "memory.md").read_text(encoding="utf-8")
     examples = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    assert len(examples) == 3
+    assert len(examples) == 4
+    torchao = find_spec("torchao") is not None
     for example in examples:  # each by itself
-        exec(compile(example, "memory.md", "exec"), {})
-    assert {place.name for place in tmp_path.iterdir()} == {"adapter", "fused"}
+        if torchao or "quantization" not in example:
+            exec(compile(example, "memory.md", "exec"), {})
+    assert {place.name for place in tmp_path.iterdir()} == {"adapter", "fused", *(["small"] if torchao else [])}
     pixels(loaded(tmp_path / "fused"), num_inference_steps=1)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from latteflow.cli.model import DEFAULT_MODEL, DeviceOption, ModelOption, load_pipeline
+from latteflow.cli.model import DEFAULT_MODEL, DeviceOption, DtypeOption, ModelOption, QuantizeOption, load_pipeline
 from latteflow.cli.pictures import read_picture
 from latteflow.errors import UserError
 
@@ -18,6 +18,8 @@ def ask(
     model: ModelOption = DEFAULT_MODEL,
     max_new_tokens: Annotated[int, typer.Option(help="Where a long answer is cut.")] = 64,
     device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    quantize: QuantizeOption = None,
 ) -> None:
     """Answer a question about a picture."""
     if not question.strip():
@@ -25,4 +27,5 @@ def ask(
     if not 1 <= max_new_tokens <= 4096:
         raise UserError(f"--max-new-tokens has to be 1 to 4096: got {max_new_tokens}")
     picture = read_picture(image)
-    print(load_pipeline(model, device).ask(picture, question, max_new_tokens=max_new_tokens))
+    pipe = load_pipeline(model, device, dtype, quantize)
+    print(pipe.ask(picture, question, max_new_tokens=max_new_tokens))

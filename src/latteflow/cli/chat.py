@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from latteflow.cli.model import DEFAULT_MODEL, DeviceOption, ModelOption, load_pipeline
+from latteflow.cli.model import (
+    DEFAULT_MODEL,
+    DeviceOption,
+    DtypeOption,
+    ModelOption,
+    QuantizeOption,
+    asked_weights,
+    load_pipeline,
+)
 from latteflow.cli.pictures import read_picture, save_picture
 from latteflow.errors import UserError
 
@@ -27,6 +35,8 @@ def chat(
     guidance: Annotated[float, typer.Option(help="1 is none; higher follows the words more closely.")] = 4.0,
     max_new_tokens: Annotated[int, typer.Option(help="Where a long answer is cut.")] = 512,
     device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    quantize: QuantizeOption = None,
 ) -> None:
     """Talk with a model, line by line: ask, show it pictures, have it draw, ask about what it drew."""
     if not out.is_dir():
@@ -35,7 +45,8 @@ def chat(
         raise UserError(f"--seed has to be 0 to 2**62 - 1: got {seed}")
     if not 1 <= max_new_tokens <= 4096:
         raise UserError(f"--max-new-tokens has to be 1 to 4096: got {max_new_tokens}")
-    talk = _Talk(load_pipeline(model, device), out, {"steps": steps, "guidance": guidance, "model": model}, seed)
+    record = {"steps": steps, "guidance": guidance, "model": model, **asked_weights(dtype, quantize)}
+    talk = _Talk(load_pipeline(model, device, dtype, quantize), out, record, seed)
     if sys.stdin.isatty():
         print(_HELP)
     for line in _lines():

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from latteflow.cli.model import DEFAULT_MODEL, DeviceOption, load_pipeline
+from latteflow.cli.model import DEFAULT_MODEL, DeviceOption, DtypeOption, QuantizeOption, load_pipeline
 from latteflow.errors import UserError
 
 
@@ -25,11 +25,13 @@ def evaluate(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    quantize: QuantizeOption = None,
 ) -> None:
     """Measure a model on held-out pictures: reconstruction, understanding, drawings."""
     if drawings < 1 or seeds < 1:
         raise UserError(f"--drawings and --seeds have to be 1 or more: got {drawings}, {seeds}")
-    pipe = load_pipeline(model, device)
+    pipe = load_pipeline(model, device, dtype, quantize)
     from rich.console import Console
 
     from latteflow.evaluate.embedded import evaluate_embedded

@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from latteflow.cli.model import DEFAULT_MODEL, DeviceOption, ModelOption, load_pipeline
+from latteflow.cli.model import (
+    DEFAULT_MODEL,
+    DeviceOption,
+    DtypeOption,
+    ModelOption,
+    QuantizeOption,
+    asked_weights,
+    load_pipeline,
+)
 from latteflow.cli.pictures import save_picture
 from latteflow.errors import UserError
 
@@ -33,11 +41,13 @@ def generate(
     scale: Annotated[int, typer.Option(help="Enlarge the pixels this many times.")] = 1,
     compiled: Annotated[bool, typer.Option("--compile", help="torch.compile: worth its minute for many.")] = False,
     device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    quantize: QuantizeOption = None,
 ) -> None:
     """Draw pictures from prompts."""
     _check(prompts, out, seed, num_images, scale)
     files = [out] if grid else _files(out, len(prompts) * num_images)
-    pipe = load_pipeline(model, device)
+    pipe = load_pipeline(model, device, dtype, quantize)
     if scheduler is not None:
         from latteflow.flow.schedulers import make_scheduler
 
@@ -58,6 +68,7 @@ def generate(
         generator=torch.Generator().manual_seed(seed),
     ).images  # type: ignore[assignment]
     settings = {"steps": steps, "guidance": guidance, "model": model, "negative_prompt": negative or ""}
+    settings |= asked_weights(dtype, quantize)
     if grid:
         records = [{"prompt": " | ".join(prompts), "seed": seed, **settings}]
         images = [_grid(images, num_images)]

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from latteflow.cli.model import DEFAULT_MODEL, ModelOption, load_pipeline
+from latteflow.cli.model import DEFAULT_MODEL, DtypeOption, ModelOption, QuantizeOption, load_pipeline
 from latteflow.errors import UserError
 
 
@@ -19,6 +19,8 @@ def info(
     size: Annotated[int | None, typer.Option(help="Pixels a side, with --preset; left out, the preset's own.")] = None,
     steps: Annotated[int, typer.Option(help="Calls of the network a picture.")] = 40,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    dtype: DtypeOption = None,
+    quantize: QuantizeOption = None,
 ) -> None:
     """Say what a model is and what it costs: parameters, operations, memory.
 
@@ -29,15 +31,17 @@ def info(
     if preset is not None:
         if model != DEFAULT_MODEL:
             raise UserError(f"give --model {model} or --preset {preset}, not both")
+        if dtype is not None or quantize is not None:
+            raise UserError("--dtype and --quantize go with --model: a preset is reckoned in bfloat16")
         _print_presets(preset, size, steps, as_json=as_json)
         return
     if size is not None:
         raise UserError("--size goes with --preset: a model is reckoned at the size it was trained on")
-    _print_model(model, steps, as_json=as_json)
+    _print_model(model, steps, dtype, quantize, as_json=as_json)
 
 
-def _print_model(model: str, steps: int, *, as_json: bool) -> None:
-    pipe = load_pipeline(model)
+def _print_model(model: str, steps: int, dtype: str | None, quantize: str | None, *, as_json: bool) -> None:
+    pipe = load_pipeline(model, dtype=dtype, quantize=quantize)
     from latteflow.evaluate.cost import cost_of
 
     cost = cost_of(pipe, steps=steps)
@@ -58,7 +62,8 @@ def _print_model(model: str, steps: int, *, as_json: bool) -> None:
         "operations a step": f"{_short(cost.flops_per_step)}FLOP (guided, prompt of {cost.prompt_tokens} tokens)",
         "operations an image": f"{_short(cost.flops_per_image)}FLOP ({steps} steps, prefill and decoder included)",
         "context a prompt": f"{_short(cost.context_bytes)}B",
-        "weights in memory": f"{_short(cost.weight_bytes)}B ({str(pipe.transformer.dtype).removeprefix('torch.')})",
+        "weights in memory": f"{_short(cost.weight_bytes)}B ({cost.dtype}"
+        + (f", matrices {cost.quantization})" if cost.quantization else ")"),
     }
     _print_rows(model, rows)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import Annotated
 
@@ -28,8 +29,21 @@ _EXTRAS = {
     "resvg_py": "data",
     "ray": "ray",
     "matplotlib": "plots",
+    "torchao": "quantize",
 }
 """Which extra brings a module that only some verbs need."""
+
+_HARMLESS = {
+    "torchao": "Failed to load ",
+    "torch.utils._pytree": "%s is an Enum subclass ",
+    "diffusers.quantizers.torchao.torchao_quantizer": "Unable to import `torchao` Tensor objects",
+}
+"""How messages of some loggers begin that concern nobody here.
+
+transformers and diffusers import torchao wherever it is installed, asked for or not; while that happens, torchao misses
+kernels for GPUs of another kind, torch dislikes how torchao registers an enum, and diffusers misses classes that old
+pickles need. What latteflow takes of torchao is written in plain torch, and it loads no pickles.
+"""
 
 app = typer.Typer(
     name="latteflow",
@@ -59,8 +73,14 @@ def _options(
     """One model that understands pictures and makes them."""
 
 
+def _matters(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith(_HARMLESS[record.name])
+
+
 def main() -> None:
     """Run the command; a user's mistake, or an extra that is not installed, becomes one line and exit code 2."""
+    for name in _HARMLESS:
+        logging.getLogger(name).addFilter(_matters)  # once, however often this runs
     try:
         app()
     except UserError as error:

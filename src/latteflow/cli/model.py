@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,15 +21,27 @@ ModelOption = Annotated[
 DeviceOption = Annotated[
     str | None, typer.Option("--device", help="cpu, cuda, mps ...; left out: cuda where there is one, else cpu.")
 ]
+DtypeOption = Annotated[
+    str | None,
+    typer.Option("--dtype", help="float32, bfloat16 or float16; left out, float32 on CPU and for embedded models."),
+]
+QuantizeOption = Annotated[
+    str | None, typer.Option("--quantize", help="Hold matrices as int8 or fp8 (docs/memory.md).")
+]
 DEFAULT_MODEL = "emoji-64"
+_DTYPES = ("float32", "bfloat16", "float16")
 
 
-def load_pipeline(model: str, device: str | None = None) -> LatteFlowPipeline:
+def load_pipeline(
+    model: str, device: str | None = None, dtype: str | None = None, quantize: str | None = None
+) -> LatteFlowPipeline:
     """Load a pipeline onto a device, quietly; float32 on CPU and for embedded models, bfloat16 elsewhere.
 
     Raises:
-        UserError: there is no such model, or its files are broken or another model's.
+        UserError: there is no such model, its files are broken or another model's, or it cannot be had in that way.
     """
+    if dtype is not None and dtype not in _DTYPES:
+        raise UserError(f"there is no dtype {dtype!r}: give {', '.join(_DTYPES)}")
     import torch
     from diffusers.utils import logging as diffusers_logging
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -37,7 +49,8 @@ def load_pipeline(model: str, device: str | None = None) -> LatteFlowPipeline:
     from safetensors import SafetensorError
     from transformers.utils import logging as transformers_logging
 
-    from latteflow.models.embedded import embedded_models
+    from latteflow.models.embedded import embedded_models, resolve_model
+    from latteflow.models.quantization import quantization_config, quantized_settings
     from latteflow.pipeline import LatteFlowPipeline
 
     diffusers_logging.set_verbosity_error()
@@ -48,9 +61,14 @@ def load_pipeline(model: str, device: str | None = None) -> LatteFlowPipeline:
     embedded = embedded_models()
     _check_place(model, embedded)
     target = target_device(device)
-    dtype = torch.float32 if target.type == "cpu" or model in embedded else torch.bfloat16
+    settings: dict[str, Any] = {} if quantize is None else {"quantization_config": quantization_config(quantize)}
+    if dtype is not None:
+        settings["dtype"] = getattr(torch, dtype)
+    settings = quantized_settings(Path(resolve_model(model)), settings)
+    if target.type != "cpu" and model not in embedded:
+        settings.setdefault("dtype", torch.bfloat16)
     try:
-        pipe = LatteFlowPipeline.from_pretrained(model, dtype=dtype)
+        pipe = LatteFlowPipeline.from_pretrained(model, **settings)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         here = model in embedded or Path(model).exists()
         if not here or isinstance(error, (HfHubHTTPError, HFValidationError)):
@@ -59,6 +77,11 @@ def load_pipeline(model: str, device: str | None = None) -> LatteFlowPipeline:
         raise UserError(f"{model} cannot be loaded as a latteflow model ({reason}): is it complete?") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(target)
+
+
+def asked_weights(dtype: str | None, quantize: str | None) -> dict[str, object]:
+    """Return what a picture's record says of the weights: nothing, if they were what they are by default."""
+    return {name: value for name, value in {"dtype": dtype, "quantize": quantize}.items() if value is not None}
 
 
 def _check_place(model: str, embedded: Iterable[str]) -> None:

@@ -26,6 +26,7 @@ from latteflow.evaluate.memory import (
 )
 from latteflow.models.flops import prefill_flops, step_flops
 from latteflow.models.presets import Preset, build_autoencoder, build_backbone, build_transformer
+from latteflow.models.quantization import quantization_of, stored_bytes
 from latteflow.models.transformer import LatteFlowTransformer
 from latteflow.pipeline import LatteFlowPipeline
 
@@ -64,7 +65,11 @@ class Cost:
     context_bytes: int
     """Keys and values of one prompt."""
     weight_bytes: int
-    """All weights, in the dtype they are loaded in."""
+    """All weights as they are in memory, quantised ones with their scales."""
+    dtype: str
+    """Of the replica's activations, and of its weights unless they are quantised."""
+    quantization: str | None
+    """Of matrices of backbone and replica: "int8" or "fp8", None if there is none."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -138,7 +143,9 @@ def cost_of_parts(
         flops_decode=decode,
         flops_per_image=steps * step + prefill + decode,
         context_bytes=prompt_tokens * context_token_bytes(replica, backbone.dtype),
-        weight_bytes=sum(p.nbytes for module in modules.values() for p in module.parameters()),
+        weight_bytes=sum(stored_bytes(p) for module in modules.values() for p in module.parameters()),
+        dtype=str(replica.dtype).removeprefix("torch."),
+        quantization=quantization_of(*modules.values()),
     )
 
 

@@ -21,6 +21,7 @@ from latteflow.data.captioned import CaptionedImages, load_captioned_images
 from latteflow.errors import UserError
 from latteflow.evaluate.fidelity import Fidelity
 from latteflow.models.answers import greedy_answers
+from latteflow.models.quantization import quantization_of
 from latteflow.pipeline import LatteFlowPipeline
 from latteflow.train.autoencoder import mean_psnr
 from latteflow.train.classifier import (
@@ -100,6 +101,7 @@ def _conditions(
     return {
         "device": str(pipe.device),
         "dtype": str(pipe.transformer.dtype).removeprefix("torch."),
+        "quantization": quantization_of(pipe.backbone, pipe.transformer) or "none",
         "heldout_pictures": len(heldout),
         "drawings": min(drawings, len(heldout)),
         "steps": steps,

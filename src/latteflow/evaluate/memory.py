@@ -55,6 +55,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from latteflow.models.quantization import stored_bytes
 from latteflow.models.transformer import LatteFlowTransformer
 
 LORA_RANK = 16
@@ -190,7 +191,7 @@ def training_memory(
 
 def weight_bytes(module: nn.Module) -> int:
     """Return what a module's weights and buffers hold; tied weights count once."""
-    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+    return sum(stored_bytes(tensor) for tensor in (*module.parameters(), *module.buffers()))
 
 
 def context_token_bytes(replica: LatteFlowTransformer, dtype: torch.dtype) -> int:

@@ -19,7 +19,11 @@ from latteflow.models.saved import require_safe
 
 
 def load_backbone(
-    name: str, revision: str | None, dtype: torch.dtype, device: str | torch.device | None = None
+    name: str,
+    revision: str | None,
+    dtype: torch.dtype,
+    device: str | torch.device | None = None,
+    quantization_config: Any = None,
 ) -> PreTrainedModel:
     """Load a vision-language model, its shards straight to ``dtype`` and ``device``.
 
@@ -28,6 +32,7 @@ def load_backbone(
         revision: of the hub.
         dtype: of its weights in memory.
         device: left out, the CPU; anything else needs accelerate.
+        quantization_config: transformers' own, to quantise while loading.
 
     Raises:
         UserError: there is none, its kind is not supported, or the folder is not safe.
@@ -49,6 +54,7 @@ def load_backbone(
         use_safetensors=True,
         trust_remote_code=False,
         device_map=None if device is None else {"": torch.device(device)},
+        quantization_config=quantization_config,
     )
 
 

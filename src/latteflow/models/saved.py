@@ -12,12 +12,13 @@ from safetensors import safe_open
 from torch import nn
 
 from latteflow.errors import UserError
+from latteflow.models.quantization import QUANTIZATIONS, is_quantized, quantization_of
 
 _PARTS = ("backbone", "transformer", "vae")
-
-
 _UNSAFE = (".py", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 """Code, and formats that can hold code."""
+_BESIDE_WEIGHTS = ("._weight_scale", "._weight_zero_point")
+"""What torchao saves of a quantised matrix beside its elements."""
 
 
 def refuse_code(settings: Mapping[str, Any]) -> None:
@@ -101,8 +102,8 @@ def require_weights(folder: Path, backbone: nn.Module | None, transformer: nn.Mo
     if backbone is None:
         return
     files = sorted((folder / "backbone").glob("*.safetensors"))
-    quantized = hasattr(backbone.config, "quantization_config")  # holds fewer, packed, elements
-    if files and not quantized:
+    # Quantised in another way than ours, several weights may share an element.
+    if files and (not is_quantized(folder / "backbone") or quantization_of(backbone) in QUANTIZATIONS):
         stored, needed = sum(map(_elements, files)), sum(parameter.numel() for parameter in backbone.parameters())
         if stored < needed:
             raise UserError(f"{folder}: the backbone's files hold {stored:,} of its {needed:,} weights")
@@ -110,4 +111,5 @@ def require_weights(folder: Path, backbone: nn.Module | None, transformer: nn.Mo
 
 def _elements(file: Path) -> int:
     with safe_open(file, framework="pt") as tensors:
-        return sum(prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+        names = [name for name in tensors.keys() if not name.endswith(_BESIDE_WEIGHTS)]  # noqa: SIM118
+        return sum(prod(tensors.get_slice(name).get_shape()) for name in names)

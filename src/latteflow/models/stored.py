@@ -14,6 +14,7 @@ from latteflow.flow.schedulers import make_scheduler
 from latteflow.models.embedded import resolve_model
 from latteflow.models.loading import load_autoencoder, load_backbone, load_processor
 from latteflow.models.processor import LatteFlowProcessor
+from latteflow.models.quantization import quantized_settings
 from latteflow.models.saved import backbone_reference, refuse_code, require_configs, require_weights
 from latteflow.models.transformer import LatteFlowTransformer
 
@@ -86,21 +87,25 @@ class StoredPipeline(DiffusionPipeline):
 
         Args:
             pretrained_model_name_or_path: ``emoji-64``, a folder, or a hub id.
-            **kwargs: as in diffusers. ``dtype`` is float32 unless given, whatever the file holds. A model saved
-                without its backbone takes it from where its name says, unless ``backbone`` is given.
+            **kwargs: as in diffusers. ``dtype`` is float32 unless given, whatever the file holds; of quantised weights,
+                it is theirs. A model saved without its backbone takes it from where its name says, unless ``backbone``
+                is given. ``quantization_config``: see ``models/quantization.py``.
 
         Raises:
-            UserError: a local folder lacks the configuration, or weights, of a part, or holds code or pickles.
+            UserError: a folder lacks the configuration, or weights, of a part, or holds code or pickles; or its
+                weights are quantised, and torchao is missing or the arguments do not go with that.
         """
-        kwargs.setdefault("dtype", torch.float32)
         refuse_code(kwargs)
         place = Path(resolve_model(str(pretrained_model_name_or_path)))
         if not place.is_dir():
             download = {name: kwargs[name] for name in _DOWNLOAD if name in kwargs}
             place = Path(cls.download(str(pretrained_model_name_or_path), **download))
+        kwargs = {"dtype": torch.float32, **quantized_settings(place, kwargs)}
         elsewhere = backbone_reference(place)
         if elsewhere is not None and "backbone" not in kwargs:
-            kwargs["backbone"] = load_backbone(*elsewhere, kwargs["dtype"])
+            quantize = kwargs.get("quantization_config")
+            config = quantize and quantize._resolve_quant_config(is_diffusers=False, module_name="backbone")
+            kwargs["backbone"] = load_backbone(*elsewhere, kwargs["dtype"], quantization_config=config)
         require_configs(place, given=kwargs)
         pipe = super().from_pretrained(place, **kwargs)
         if not {"backbone", "transformer", "vae", "device_map"} & (set(kwargs) - {"backbone" if elsewhere else ""}):

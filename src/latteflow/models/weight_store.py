@@ -13,6 +13,7 @@ from torch import nn
 
 from latteflow.errors import UserError
 from latteflow.models.embedded import resolve_model
+from latteflow.models.quantization import is_quantized
 from latteflow.models.saved import require_configs
 from latteflow.models.transformer import LatteFlowTransformer
 
@@ -137,9 +138,11 @@ def weight_files(folder: str | Path) -> Files:
         folder: of the saved pipeline, or an embedded model's name.
 
     Raises:
-        UserError: there are no weights, two files hold the same, or one is broken.
+        UserError: there are no weights, or quantised ones, two files hold the same, or one is broken.
     """
     place = Path(resolve_model(str(folder))) / "transformer"
+    if is_quantized(place):
+        raise UserError(f"{place} holds quantised weights: only plain ones can be read a group at a time")
     found: dict[str, tuple[Path, list[int]]] = {}
     for file in sorted(place.glob("*.safetensors")):
         try:

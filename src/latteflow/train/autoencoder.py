@@ -71,10 +71,10 @@ class AutoencoderStage(Stage):
 @torch.no_grad()
 def mean_psnr(vae: nn.Module, images: CaptionedImages, device: torch.device) -> float:
     """Return the mean over pictures of 10 log10(1 / mean squared error), in dB, pixels in [0, 1]."""
-    found = []
+    found, dtype = [], next(vae.parameters()).dtype
     for index in torch.arange(len(images)).split(64):
         x = images.batch(index).to(device)
-        y = vae(x).sample.float().clamp(-1, 1)
+        y = vae(x.to(dtype)).sample.float().clamp(-1, 1)
         found.append(-10 * torch.log10(((y - x) / 2).square().mean(dim=(1, 2, 3))))
     return torch.cat(found).mean().item()
 
