@@ -9,6 +9,7 @@ from torch import nn
 import latteflow
 from latteflow.errors import UserError
 from latteflow.models.context import compute_context, concatenate
+from latteflow.models.sampling_cache import SamplingCache
 from latteflow.models.transformer import LatteFlowTransformer
 from toys import seeded, toy_backbone, toy_transformer
 
@@ -77,6 +78,33 @@ def test_a_batch_of_mixed_times_trains_each_group_on_its_samples(backbone, conte
     v[1].sum().backward()  # the one sample of group 0
     assert all(p.grad is not None for p in replica.layers[0].parameters())
     assert not any(p.grad.abs().sum() for p in replica.layers[2].parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("mode", ["none", "probs", "logits"])
+def test_words_are_made_louder_by_a_learnt_number_a_head(backbone, context, mode, tmp_path):
+    plain = toy_transformer(backbone, 2, residual_attention=mode)
+    fresh = toy_transformer(backbone, 2, residual_attention=mode, context_bias=2.0, shaken=False)
+    added = fresh.state_dict().keys() - plain.state_dict().keys()
+    assert added == {f"layers.{number}.context_bias" for number in range(LAYERS)}
+    assert all(torch.equal(fresh.state_dict()[name], torch.full((2,), 2.0)) for name in added)
+
+    louder = toy_transformer(backbone, 2, residual_attention=mode, context_bias=2.0)
+    louder.load_state_dict({**louder.state_dict(), **plain.state_dict()})
+    t = torch.tensor([0.9, 0.1, 0.6])
+    v = louder(noise(), t, context)
+    assert not torch.allclose(v, plain(noise(), t, context), atol=1e-3)
+    v.square().mean().backward()
+    assert all(layer.context_bias.grad.abs().min() > 0 for layer in louder.layers)
+    louder.save_pretrained(tmp_path)
+    loaded = LatteFlowTransformer.from_pretrained(tmp_path)
+    assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in louder.state_dict().items())
+    torch.testing.assert_close(loaded(noise(), t, context), v, rtol=0, atol=1e-6)
+    with torch.no_grad():
+        cached = louder(noise(), 0.6, context, SamplingCache([0.6, 0.7]))
+        torch.testing.assert_close(cached, louder(noise(), torch.full((3,), 0.6), context), rtol=0, atol=1e-5)
+        for layer in louder.layers:
+            layer.context_bias.zero_()
+        torch.testing.assert_close(louder(noise(), t, context), plain(noise(), t, context), rtol=0, atol=1e-5)
 
 
 def test_a_sample_goes_to_the_expert_that_is_named_whatever_its_t(backbone, context):

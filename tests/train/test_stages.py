@@ -246,6 +246,13 @@ def test_the_generators_loss_is_told_by_group_and_every_group_learns(generator_s
     assert all(p.grad is None for p in stage.pipe.vae.parameters())
 
 
+def test_a_recipe_makes_words_louder(tmp_path, toy_set, parts):
+    recipe = recipe_of("generator", tmp_path, toy_set, parts)
+    assert build_stage(recipe).model.layers[0].context_bias is None
+    louder = recipe.model_copy(update={"generator": recipe.generator.model_copy(update={"context_bias": 1.5})})
+    assert all(layer.context_bias.tolist() == [1.5, 1.5] for layer in build_stage(louder).model.layers)
+
+
 def test_experts_times_narrow_from_noise_to_their_intervals(generator_stage, monkeypatch):
     stage = generator_stage
     stage.settings = stage.settings.model_copy(update={"narrowing_steps": 100})

@@ -105,6 +105,8 @@ class LatteFlowTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         patch_size: side, in latents, of what becomes one token.
         time_embedding_size: width of the time embedding.
         initial_scale: scale(t) of both branches of a layer at the start. [D]
+        context_bias: what is added to every head's scores of words at the start, and then learnt, so that a few words
+            are heard among many latents; None for the paper's plain attention. [D]
         latents_mean: mean a channel of the latents; empty stands for 0.
         latents_std: spread a channel of the latents; empty stands for 1.
         backbone_name: folder or hub id of the backbone, so that a model saved without it finds it.
@@ -151,6 +153,7 @@ class LatteFlowTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         patch_size: int = 1,
         time_embedding_size: int = 256,
         initial_scale: float = 0.3,
+        context_bias: float | None = None,
         latents_mean: Sequence[float] = (),
         latents_std: Sequence[float] = (),
         backbone_name: str | None = None,
@@ -175,6 +178,7 @@ class LatteFlowTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 residual_attention=residual_attention,
                 first_of_group=number % self.group_size == 0,
                 initial_scale=initial_scale,
+                context_bias=context_bias,
             )
             for number in range(num_layers)
         )

@@ -46,6 +46,7 @@ class ReplicaLayer(nn.Module):
         residual_attention: how attention maps are carried.
         first_of_group: the first layer of a group has no predecessor, hence no gate.
         initial_scale: scale(t) of both branches at the start.
+        context_bias: what is added to every head's scores of words at the start, and then learnt; None for nothing.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class ReplicaLayer(nn.Module):
         residual_attention: ResidualAttention,
         first_of_group: bool,
         initial_scale: float,
+        context_bias: float | None = None,
     ) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(hidden_size, norm_eps)
@@ -83,7 +85,8 @@ class ReplicaLayer(nn.Module):
         self.modulation = nn.Linear(time_size, 4 * hidden_size)
         carries = residual_attention != "none" and not first_of_group
         self.gate = ResidualGate(time_size, num_heads) if carries else None
-        self.initial_scale = initial_scale
+        self.context_bias = None if context_bias is None else nn.Parameter(torch.empty(num_heads))
+        self.initial_scale, self.initial_context_bias = initial_scale, context_bias
         self.initialize_additions()
 
     @torch.no_grad()
@@ -105,6 +108,8 @@ class ReplicaLayer(nn.Module):
         if self.gate is not None:
             nn.init.zeros_(self.gate.project.weight)
             nn.init.zeros_(self.gate.project.bias)
+        if self.context_bias is not None and self.initial_context_bias is not None:
+            self.context_bias.fill_(self.initial_context_bias)
 
     def modulation_of(self, time: torch.Tensor) -> Modulation:
         """Map the time embedding (B, time_size) to what it does to this layer, for later calls.
@@ -147,6 +152,7 @@ class ReplicaLayer(nn.Module):
             mask=mask,
             gate=at.gate,
             previous_map=previous_map,
+            context_bias=self.context_bias,
         )
         x = x + at.attention_scale * self.attention_out_norm(h)
 

@@ -63,6 +63,7 @@ class GeneratorStage(Stage):
             patch_size=settings.patch_size,
             time_embedding_size=settings.time_embedding_size,
             initial_scale=settings.initial_scale,
+            context_bias=settings.context_bias,
             latents_mean=mean,
             latents_std=std,
             backbone_name=settings.backbone,

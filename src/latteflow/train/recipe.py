@@ -256,6 +256,8 @@ class GeneratorSection(Section):
     time_embedding_size: PositiveInt = 128
     initial_scale: float = 0.3
     """scale(t) of both branches of a layer at the start. [D]"""
+    context_bias: float | None = None
+    """Added to the scores of words at the start, then learnt, a number a head; left out, none. [D]"""
     density: Literal["uniform", "logit_normal"] = "uniform"
     logit_mean: float = 0.0
     logit_std: PositiveFloat = 1.0
