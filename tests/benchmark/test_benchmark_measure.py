@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -67,6 +70,16 @@ def test_rates_and_memory_are_numbers_of_this_machine():
     assert copy_bandwidth(CPU, size=2**16) > 0
     assert read_bandwidth(CPU, size=2**16) > 0
     assert peak_bytes(CPU) > 10**7
+
+
+_CHILD = "import torch; from latteflow.benchmark.measure import peak_bytes; print(peak_bytes(torch.device('cpu')))"
+
+
+def test_a_process_does_not_tell_its_parents_peak():
+    much = torch.ones(2**30, dtype=torch.uint8)  # touched, so that it is resident
+    assert peak_bytes(CPU) > much.nbytes
+    child = subprocess.run([sys.executable, "-c", _CHILD], capture_output=True, text=True, check=True)
+    assert 10**7 < int(child.stdout) < much.nbytes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
