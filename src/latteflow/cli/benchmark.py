@@ -8,10 +8,8 @@ from typing import Annotated
 
 import typer
 
-from latteflow.cli.model import DeviceOption
+from latteflow.cli.model import DTYPES, DeviceOption
 from latteflow.errors import UserError
-
-_DTYPES = ("bfloat16", "float32", "float16")
 
 
 def benchmark(
@@ -34,8 +32,8 @@ def benchmark(
         raise UserError(f"--steps has to be 1 to 1000: got {steps}")
     if threads is not None and threads < 1:
         raise UserError(f"--threads has to be 1 or more: got {threads}")
-    if dtype not in _DTYPES:
-        raise UserError(f"no dtype {dtype!r}: there are {', '.join(_DTYPES)}")
+    if dtype not in DTYPES:
+        raise UserError(f"no dtype {dtype!r}: there are {', '.join(DTYPES)}")
     import torch
     from diffusers.utils import logging as diffusers_logging
     from rich.console import Console

@@ -29,7 +29,7 @@ QuantizeOption = Annotated[
     str | None, typer.Option("--quantize", help="Hold matrices as int8 or fp8 (docs/memory.md).")
 ]
 DEFAULT_MODEL = "emoji-64"
-_DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def load_pipeline(
@@ -40,8 +40,8 @@ def load_pipeline(
     Raises:
         UserError: there is no such model, its files are broken or another model's, or it cannot be had in that way.
     """
-    if dtype is not None and dtype not in _DTYPES:
-        raise UserError(f"there is no dtype {dtype!r}: give {', '.join(_DTYPES)}")
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"there is no dtype {dtype!r}: give {', '.join(DTYPES)}")
     import torch
     from diffusers.utils import logging as diffusers_logging
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
