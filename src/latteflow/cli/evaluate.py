@@ -8,7 +8,14 @@ from typing import Annotated
 
 import typer
 
-from latteflow.cli.model import DEFAULT_MODEL, DeviceOption, DtypeOption, QuantizeOption, load_pipeline
+from latteflow.cli.model import (
+    DEFAULT_MODEL,
+    CompileOption,
+    DeviceOption,
+    DtypeOption,
+    QuantizeOption,
+    load_pipeline,
+)
 from latteflow.errors import UserError
 
 
@@ -24,6 +31,7 @@ def evaluate(
         typer.Option(help="Folder of the trained judge (default: runs/emoji-64/judge/final, if it exists)."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    compiled: CompileOption = False,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     quantize: QuantizeOption = None,
@@ -31,7 +39,7 @@ def evaluate(
     """Measure a model on held-out pictures: reconstruction, understanding, drawings."""
     if drawings < 1 or seeds < 1:
         raise UserError(f"--drawings and --seeds have to be 1 or more: got {drawings}, {seeds}")
-    pipe = load_pipeline(model, device, dtype, quantize)
+    pipe = load_pipeline(model, device, dtype, quantize, compiled=compiled)
     from rich.console import Console
 
     from latteflow.evaluate.embedded import evaluate_embedded

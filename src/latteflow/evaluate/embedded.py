@@ -21,6 +21,7 @@ from latteflow.data.captioned import CaptionedImages, load_captioned_images
 from latteflow.errors import UserError
 from latteflow.evaluate.fidelity import Fidelity
 from latteflow.models.answers import greedy_answers
+from latteflow.models.compilation import runs_compiled
 from latteflow.models.quantization import quantization_of
 from latteflow.pipeline import LatteFlowPipeline
 from latteflow.train.autoencoder import mean_psnr
@@ -84,6 +85,7 @@ def evaluate_embedded(
         drawn = drawings_of(pipe, part, seed, num_inference_steps=steps, guidance_scale=guidance_scale)
         pixels = pixels_of(drawn)
         runs.append({"asked": _shares(pipe, part, drawn), **{name: measure(pixels) for name, measure in outside}})
+    results["conditions"]["compiled"] = runs_compiled(pipe.transformer)  # known once it has drawn
     results["drawn_then_asked"] = _spreads([run["asked"] for run in runs])
     for name, measure in outside:
         results[name] = _beside_real(measure(part.pixels), [run[name] for run in runs])

@@ -78,14 +78,13 @@ class SamplingCache:
         # A product of one row goes another way in CPU libraries, where the weights' place in memory decides the bits.
         rows = list(times) * (2 if len(times) == 1 else 1)
         time = io.time_embedding(torch.tensor(rows, dtype=torch.float32, device=device))
-        layers = [transformer.layers[number].modulation_of(time) for number in transformer.layers_of(group)]
-        shift, scale = io.modulation_of(time)
-        return [
-            Moment([_row(layer, i) for layer in layers], (shift[i : i + 1], scale[i : i + 1]))
-            for i in range(len(times))
-        ]
+        layers = [_rows(transformer.layers[number].modulation_of(time)) for number in transformer.layers_of(group)]
+        shift, scale = (part.split(1) for part in io.modulation_of(time))
+        return [Moment([layer[i] for layer in layers], (shift[i], scale[i])) for i in range(len(times))]
 
 
-def _row(modulation: Modulation, i: int) -> Modulation:
+def _rows(modulation: Modulation) -> list[Modulation]:
+    """Return what is done at each of the times."""
     *scales, gate = modulation
-    return Modulation(*(part[i : i + 1] for part in scales), gate=None if gate is None else gate[i : i + 1])
+    gates = [None] * len(scales[0]) if gate is None else gate.split(1)
+    return [Modulation(*parts) for parts in zip(*(part.split(1) for part in scales), gates, strict=True)]

@@ -14,7 +14,6 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from einops import rearrange
 from torch import nn
 from torch.nn import functional
 
@@ -122,7 +121,7 @@ def _bias_of_words(context_bias: torch.Tensor, image_tokens: int, keys: int) -> 
 
 
 def _hidden(scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    return scores if mask is None else scores.masked_fill(~mask, float("-inf"))
+    return scores if mask is None else torch.where(mask, scores, float("-inf"))
 
 
 def _scores(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
@@ -135,6 +134,6 @@ def _per_key_head(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
     The heads that share a key head are stacked: one product a key head, and no copy of a key for every query head.
     """
-    rows = x.shape[2]
-    product = rearrange(x, "b (g r) n i -> b g (r n) i", g=y.shape[1]) @ y
-    return rearrange(product, "b g (r n) j -> b (g r) n j", n=rows)
+    # Plain reshapes: between the products of a small model, reading an einops pattern takes as long as a kernel.
+    product = x.unflatten(1, (y.shape[1], -1)).flatten(2, 3) @ y
+    return product.unflatten(2, (-1, x.shape[2])).flatten(1, 2)
