@@ -54,7 +54,6 @@ class Attention(nn.Module):
         mask: torch.Tensor | None = None,
         gate: torch.Tensor | None = None,
         previous_map: torch.Tensor | None = None,
-        context_bias: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attend from x (B, N, hidden_size).
 
@@ -65,7 +64,6 @@ class Attention(nn.Module):
             mask: bool, broadcastable to (B, heads, N, T + N), true where a key may be seen.
             gate: g(t), (B, heads, 1, 1).
             previous_map: the map of the layer before, (B, heads, N, N).
-            context_bias: added to the scores of words, (heads,).
 
         Returns:
             (B, N, hidden_size) and this layer's map, None where maps are not carried.
@@ -87,6 +85,5 @@ class Attention(nn.Module):
             mode=self.mode,
             gate=gate,
             previous_map=previous_map,
-            context_bias=context_bias,
         )
         return self.o_proj(rearrange(out, "b h n d -> b n (h d)")), attention_map
