@@ -137,11 +137,15 @@ class GeneratorStage(Stage):
 
     def _times(self, samples: Samples) -> tuple[torch.Tensor, torch.Tensor]:
         groups = self._groups(samples.batch_size, samples.seed, samples.step)[samples.places]
-        t = self._times_in(groups, torch.stack([samples.rand("time"), samples.rand("density")]))
+        t = self._times_in(groups, self._draws(samples))
         narrowing = self.settings.narrowing_steps
         if samples.step >= narrowing:
             return groups, t
         return groups, widened(t, groups, self.pipe.transformer.intervals, 1 - samples.step / narrowing)
+
+    def _draws(self, samples: Samples) -> torch.Tensor:
+        """Return what times are made of: two uniform numbers a sample, float64 (2, n)."""
+        return torch.stack([samples.rand("time"), samples.rand("density")])
 
     def _times_in(self, groups: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
         settings = self.settings
