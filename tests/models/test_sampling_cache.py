@@ -35,9 +35,10 @@ def calls_of(modules):
 @pytest.mark.parametrize("mode", ["probs", "logits", "none"])
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("shared_io", [True, False])
+@pytest.mark.parametrize("pooled", [None, 8])
 @torch.no_grad()
-def test_the_velocity_is_that_of_a_call_without(backbone, context, groups, mode, shared_io):
-    replica = toy_transformer(backbone, groups, residual_attention=mode, shared_io=shared_io)
+def test_the_velocity_is_that_of_a_call_without(backbone, context, groups, mode, shared_io, pooled):
+    replica = toy_transformer(backbone, groups, residual_attention=mode, shared_io=shared_io, pooled_context=pooled)
     cache = SamplingCache(TIMES)
     for t in TIMES:
         cached = replica(noise(), t, context, cache)
@@ -47,8 +48,9 @@ def test_the_velocity_is_that_of_a_call_without(backbone, context, groups, mode,
 
 
 @torch.no_grad()
-def test_what_t_does_is_computed_once_a_group_and_layer(backbone, context):
-    replica = toy_transformer(backbone, 2)
+def test_what_t_and_the_prompt_do_is_computed_once_a_group_and_layer(backbone, context):
+    replica = toy_transformer(backbone, 2, pooled_context=8)
+    prompts = calls_of([layer.pooled for layer in replica.layers])
     modulations = calls_of([layer.modulation for layer in replica.layers])
     gates = calls_of([layer.gate for layer in replica.layers if layer.gate is not None])
     others = calls_of([replica.io[0].time_embedding, replica.io[0].out_modulation, replica.io[0].patch_embedding.place])
@@ -56,10 +58,12 @@ def test_what_t_does_is_computed_once_a_group_and_layer(backbone, context):
     for t in TIMES:
         replica(noise(), t, context, cache)
     assert modulations == dict.fromkeys(range(4), 1)
+    assert prompts == dict.fromkeys(range(4), 1)
     assert gates == dict.fromkeys(range(2), 1)
     assert others == {0: 2, 1: 2, 2: 2}  # once a group
     replica(noise(), 0.3, context, cache)  # a time that was not foreseen
     assert modulations == {0: 2, 1: 2, 2: 1, 3: 1}
+    assert prompts == dict.fromkeys(range(4), 1)
 
 
 @torch.no_grad()

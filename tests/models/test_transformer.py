@@ -9,9 +9,8 @@ from torch import nn
 import latteflow
 from latteflow.errors import UserError
 from latteflow.models.context import compute_context, concatenate
-from latteflow.models.sampling_cache import SamplingCache
 from latteflow.models.transformer import LatteFlowTransformer
-from toys import seeded, toy_backbone, toy_transformer
+from toys import seeded, shake, toy_backbone, toy_transformer
 
 LAYERS = 4
 DIVISORS = [1, 2, 4]
@@ -80,33 +79,6 @@ def test_a_batch_of_mixed_times_trains_each_group_on_its_samples(backbone, conte
     assert not any(p.grad.abs().sum() for p in replica.layers[2].parameters() if p.grad is not None)
 
 
-@pytest.mark.parametrize("mode", ["none", "probs", "logits"])
-def test_words_are_made_louder_by_a_learnt_number_a_head(backbone, context, mode, tmp_path):
-    plain = toy_transformer(backbone, 2, residual_attention=mode)
-    fresh = toy_transformer(backbone, 2, residual_attention=mode, context_bias=2.0, shaken=False)
-    added = fresh.state_dict().keys() - plain.state_dict().keys()
-    assert added == {f"layers.{number}.context_bias" for number in range(LAYERS)}
-    assert all(torch.equal(fresh.state_dict()[name], torch.full((2,), 2.0)) for name in added)
-
-    louder = toy_transformer(backbone, 2, residual_attention=mode, context_bias=2.0)
-    louder.load_state_dict({**louder.state_dict(), **plain.state_dict()})
-    t = torch.tensor([0.9, 0.1, 0.6])
-    v = louder(noise(), t, context)
-    assert not torch.allclose(v, plain(noise(), t, context), atol=1e-3)
-    v.square().mean().backward()
-    assert all(layer.context_bias.grad.abs().min() > 0 for layer in louder.layers)
-    louder.save_pretrained(tmp_path)
-    loaded = LatteFlowTransformer.from_pretrained(tmp_path)
-    assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in louder.state_dict().items())
-    torch.testing.assert_close(loaded(noise(), t, context), v, rtol=0, atol=1e-6)
-    with torch.no_grad():
-        cached = louder(noise(), 0.6, context, SamplingCache([0.6, 0.7]))
-        torch.testing.assert_close(cached, louder(noise(), torch.full((3,), 0.6), context), rtol=0, atol=1e-5)
-        for layer in louder.layers:
-            layer.context_bias.zero_()
-        torch.testing.assert_close(louder(noise(), t, context), plain(noise(), t, context), rtol=0, atol=1e-5)
-
-
 def test_a_sample_goes_to_the_expert_that_is_named_whatever_its_t(backbone, context):
     replica = toy_transformer(backbone, 2)
     t, groups = torch.tensor([0.9, 0.1, 0.6]), torch.tensor([0, 1, 1])
@@ -139,8 +111,34 @@ def test_padded_prompts_give_the_velocity_that_they_give_alone(backbone, context
         torch.testing.assert_close(replica(noise()[one], t[one], alone), together[one], rtol=0, atol=1e-5)
 
 
-def test_padding_is_never_read(backbone, context):
-    replica = toy_transformer(backbone, 2)
+@pytest.mark.parametrize("mode", ["none", "probs", "logits"])
+def test_a_whole_prompt_may_be_added_to_every_token(backbone, context, mode, tmp_path):
+    plain = toy_transformer(backbone, 2, residual_attention=mode)
+    pooled = toy_transformer(backbone, 2, residual_attention=mode, pooled_context=8, shaken=False)
+    added = pooled.state_dict().keys() - plain.state_dict().keys()
+    assert {name.split(".")[2] for name in added} == {"pooled"}
+    pooled.load_state_dict({**pooled.state_dict(), **plain.state_dict()})
+    t = torch.tensor([0.9, 0.1, 0.6])
+    assert torch.equal(pooled(noise(), t, context), plain(noise(), t, context))  # it starts from nothing
+
+    shake(pooled, seeded(3))
+    v = pooled(noise(), t, context)
+    v.square().mean().backward()
+    assert all(p.grad.abs().sum() > 0 for layer in pooled.layers for p in layer.pooled.parameters())
+    pooled.save_pretrained(tmp_path)
+    loaded = LatteFlowTransformer.from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded(noise(), t, context), v, rtol=0, atol=1e-6)
+    other = type(context)(context.keys, 2 - context.values, context.mask, context.next_position)
+    blind = toy_transformer(backbone, 2, residual_attention=mode, pooled_context=8)
+    with torch.no_grad():
+        for layer in blind.layers:  # deaf to what attention brings, so that words come this way alone
+            layer.self_attn.o_proj.weight.zero_()
+        assert not torch.allclose(blind(noise(), t, context), blind(noise(), t, other), atol=1e-3)
+
+
+@pytest.mark.parametrize("pooled", [None, 8])
+def test_padding_is_never_read(backbone, context, pooled):
+    replica = toy_transformer(backbone, 2, pooled_context=pooled)
     other = concatenate([context])
     other.keys[~other.mask[:, None, None].expand(other.keys.shape[:-1])] = 99.0
     other.values[~other.mask[:, None, None].expand(other.keys.shape[:-1])] = 99.0

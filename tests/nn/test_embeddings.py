@@ -6,8 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional
 
-from latteflow.nn.embeddings import PatchEmbedding, TimeEmbedding, patchify, sinusoidal, unpatchify
+from latteflow.nn.embeddings import PatchEmbedding, PooledContext, TimeEmbedding, patchify, sinusoidal, unpatchify
 from toys import seeded, shake
 
 
@@ -57,6 +59,24 @@ def test_places_start_from_nothing_and_can_tell_rows_from_columns():
     assert torch.equal(grid[:, 0, :8], grid[:, 3, :8])
     assert not torch.equal(grid[0, 0, :8], grid[1, 0, :8])
     assert not torch.equal(grid[0, 0, 8:], grid[0, 1, 8:])
+
+
+def test_a_pooled_prompt_is_a_perceptron_of_its_words_mean_value():
+    pooled = PooledContext(6, 5, 4, 1e-6)
+    pooled.initialize()
+    values = torch.randn(2, 3, 7, 2, generator=seeded(1))
+    assert torch.equal(pooled(values), torch.zeros(2, 1, 4))
+    nn.init.normal_(pooled.outer.weight, generator=seeded(2))
+    words = torch.arange(7)[None] < torch.tensor([[7], [3]])
+    found = pooled(values, words)
+    for row, number in enumerate((7, 3)):
+        mean = torch.stack([values[row, :, word].flatten() for word in range(number)]).mean(dim=0)
+        mean = mean / mean.square().mean().sqrt()
+        expected = pooled.outer(functional.silu(pooled.inner(mean)))
+        torch.testing.assert_close(found[row, 0], expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(pooled(values)[:1], found[:1], rtol=0, atol=1e-6)
+    values[1, :, 3:] = 99.0  # padding
+    assert torch.equal(pooled(values, words), found)
 
 
 def test_patches_may_be_larger_than_one_latent():

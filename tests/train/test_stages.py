@@ -246,11 +246,34 @@ def test_the_generators_loss_is_told_by_group_and_every_group_learns(generator_s
     assert all(p.grad is None for p in stage.pipe.vae.parameters())
 
 
-def test_a_recipe_makes_words_louder(tmp_path, toy_set, parts):
+def test_a_picture_may_come_with_copies_that_are_moved_a_little(tmp_path, toy_set, parts):
     recipe = recipe_of("generator", tmp_path, toy_set, parts)
-    assert build_stage(recipe).model.layers[0].context_bias is None
-    louder = recipe.model_copy(update={"generator": recipe.generator.model_copy(update={"context_bias": 1.5})})
-    assert all(layer.context_bias.tolist() == [1.5, 1.5] for layer in build_stage(louder).model.layers)
+    own, moved = (
+        build_stage(recipe.model_copy(update={"generator": recipe.generator.model_copy(update=update)}))
+        for update in ({}, {"copies_per_image": 3})
+    )
+    for stage in (own, moved):
+        stage.to(torch.device("cpu"))
+    latents = moved.feed.latents.unflatten(0, (own.number, 3))
+    assert torch.equal(latents[:, 0], own.feed.latents)
+    apart = (latents[:, 1:] - latents[:, :1]).square().mean()
+    elsewhere = (latents[:, 1:] - latents[:, :1].roll(1, 0)).square().mean()
+    assert 0 < apart < elsewhere
+    assert not torch.equal(latents[:, 1], latents[:, 2])
+    x_1, _ = moved.feed.inputs(samples_of(torch.full((40,), 5), 0), None, 0.0)
+    places = [next(copy for copy in range(3) if torch.equal(row, latents[5, copy])) for row in x_1]
+    assert set(places) == {0, 1, 2}
+
+
+def test_one_factor_may_scale_all_channels(tmp_path, toy_set, parts):
+    recipe = recipe_of("generator", tmp_path, toy_set, parts)
+    each = build_stage(recipe).model.config.latents_std
+    common = recipe.model_copy(update={"generator": recipe.generator.model_copy(update={"latent_scale": "common"})})
+    stage = build_stage(common)
+    stage.to(torch.device("cpu"))
+    assert len(set(each)) == len(each)
+    assert len(set(stage.model.config.latents_std)) == 1
+    assert stage.feed.latents.var(dim=(0, 2, 3)).mean().item() == pytest.approx(1, abs=0.05)
 
 
 def test_experts_times_narrow_from_noise_to_their_intervals(generator_stage, monkeypatch):

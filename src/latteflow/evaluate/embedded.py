@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from latteflow.train.classifier import (
 )
 
 _AT_ONCE = 64
+_QUESTIONS = {"concept": prompts.WHAT, "style": prompts.WHICH_STYLE, "category": prompts.WHICH_CATEGORY}
 
 
 def evaluate_embedded(
@@ -74,7 +75,7 @@ def evaluate_embedded(
     watch("understanding of real pictures")
     results["understanding"] = _shares(pipe, heldout, heldout.pictures(range(len(heldout))))
     results["most_common_answer"] = {
-        name: max(Counter(wanted).values()) / len(wanted) for name, _, wanted in _questions(heldout)
+        name: max(Counter(wanted).values()) / len(wanted) for name, wanted in _right_answers(heldout).items()
     }
     part = heldout.spread(drawings)
     results["understanding_of_the_same_pairs"] = _shares(pipe, part, part.pictures(range(len(part))))
@@ -190,26 +191,39 @@ def pictures_of_model(model_folder: Path) -> dict[str, Any]:
     return {**filters, "selection": data.get("selection", "all")}  # recipes of 0.1 know no selections
 
 
-def _questions(images: CaptionedImages) -> list[tuple[str, str, list[str]]]:
-    return [
-        ("concept", prompts.WHAT, [record.label for record in images.records]),
-        ("style", prompts.WHICH_STYLE, [record.style for record in images.records]),
-        ("category", prompts.WHICH_CATEGORY, [record.group for record in images.records]),
-    ]
+def _right_answers(images: CaptionedImages) -> dict[str, list[str]]:
+    return {
+        "concept": [record.label for record in images.records],
+        "style": [record.style for record in images.records],
+        "category": [record.group for record in images.records],
+    }
 
 
 def _shares(pipe: LatteFlowPipeline, images: CaptionedImages, pictures: Sequence[Image.Image]) -> dict[str, float]:
     """Return the share of exact answers about ``pictures``, which show (or should show) ``images``."""
-    shares = {}
-    for name, question, wanted in _questions(images):
-        answers: list[str] = []
+    return shares_of(answers_about(pipe.backbone, pipe.processor, pictures), images)
+
+
+def answers_about(backbone: Any, processor: Any, pictures: Sequence[Image.Image]) -> dict[str, list[str]]:
+    """Return a backbone's greedy answers about pictures: which concept, style and category each shows.
+
+    Args:
+        backbone: a transformers vision-language model.
+        processor: its ``LatteFlowProcessor``.
+        pictures: RGB.
+    """
+    answers: dict[str, list[str]] = {}
+    for name, question in _QUESTIONS.items():
+        answers[name] = []
         for start in range(0, len(pictures), _AT_ONCE):
             some = pictures[start : start + _AT_ONCE]
-            answers += greedy_answers(
-                pipe.backbone, pipe.processor, some, question, max_new_tokens=prompts.ANSWER_TOKENS
-            )
-        shares[name] = prompts.exact_share(answers, wanted)
-    return shares
+            answers[name] += greedy_answers(backbone, processor, some, question, max_new_tokens=prompts.ANSWER_TOKENS)
+    return answers
+
+
+def shares_of(answers: Mapping[str, Sequence[str]], images: CaptionedImages) -> dict[str, float]:
+    """Return the share of ``answers_about`` pictures that are exactly right, if they show ``images``."""
+    return {name: prompts.exact_share(answers[name], wanted) for name, wanted in _right_answers(images).items()}
 
 
 def drawings_of(pipe: LatteFlowPipeline, images: CaptionedImages, seed: int, **sampling: Any) -> list[Image.Image]:

@@ -2,6 +2,7 @@
 
 Not FID and not KID, which mean Inception's features: the numbers cannot be compared with those of papers. A few hundred
 pictures cannot fill 1,280 directions, so features are taken along the first principal directions of the real ones.
+For thousands of pictures, and for FID itself: ``fidelity_report.py``.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from latteflow.errors import UserError
+from latteflow.evaluate.moments import distance_of_normals
 
 DIRECTIONS = 64
 """Principal directions of the real features that are kept."""
@@ -49,11 +51,7 @@ def principal_directions(features: torch.Tensor, number: int = DIRECTIONS) -> to
 
 def frechet_distance(one: torch.Tensor, other: torch.Tensor) -> float:
     """Return the squared Fréchet distance of the normal distributions fitted to two sets (pictures, values)."""
-    first, second = torch.cov(one.T), torch.cov(other.T)
-    root = _square_root(first)
-    mixed = torch.linalg.eigvalsh(root @ second @ root).clamp_min(0).sqrt().sum()
-    apart = (one.mean(dim=0) - other.mean(dim=0)).square().sum()
-    return float(apart + first.trace() + second.trace() - 2 * mixed)
+    return distance_of_normals(one.mean(dim=0), torch.cov(one.T), other.mean(dim=0), torch.cov(other.T))
 
 
 def kernel_distance(one: torch.Tensor, other: torch.Tensor) -> float:
@@ -102,8 +100,3 @@ class Fidelity:
             "frechet": frechet_distance(found, self.reference),
             "kernel": kernel_distance(found, self.reference),
         }
-
-
-def _square_root(symmetric: torch.Tensor) -> torch.Tensor:
-    values, vectors = torch.linalg.eigh(symmetric)
-    return vectors @ torch.diag(values.clamp_min(0).sqrt()) @ vectors.T

@@ -30,6 +30,8 @@ class Surroundings(NamedTuple):
     """Which keys latents see, bool (B, 1, 1, T + N); None where they see all."""
     places: torch.Tensor
     """What the patch embedding adds for the place in the grid, (N, hidden_size)."""
+    prompt: Sequence[torch.Tensor | None]
+    """For each what the whole prompt adds, (B, 1, hidden_size); None where nothing, or left to the layer to compute."""
 
 
 class Moment(NamedTuple):
@@ -56,11 +58,14 @@ class SamplingCache:
     def surroundings(
         self, transformer: LatteFlowTransformer, group: int, context: Context, rows: int, columns: int
     ) -> Surroundings:
-        """Return what ``transformer.surroundings`` does; the same context is not looked at twice."""
+        """Return what ``transformer.surroundings`` does, and what prompts add; no context is looked at twice."""
         key = (id(context), group, rows, columns)
         if key not in self._surroundings:
+            around = transformer.surroundings(group, context, rows, columns)
+            layers = [transformer.layers[number] for number in transformer.layers_of(group)]
+            prompt = [layer.prompt_of(words, around.mask) for layer, words in zip(layers, around.context, strict=True)]
             # The context is kept, so that no other can get its id.
-            self._surroundings[key] = (context, transformer.surroundings(group, context, rows, columns))
+            self._surroundings[key] = (context, around._replace(prompt=prompt))
         return self._surroundings[key][1]
 
     def moment(self, transformer: LatteFlowTransformer, group: int, t: float, device: torch.device) -> Moment:

@@ -105,8 +105,8 @@ class LatteFlowTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         patch_size: side, in latents, of what becomes one token.
         time_embedding_size: width of the time embedding.
         initial_scale: scale(t) of both branches of a layer at the start. [D]
-        context_bias: what is added to every head's scores of words at the start, and then learnt, so that a few words
-            are heard among many latents; None for the paper's plain attention. [D]
+        pooled_context: width inside a perceptron a layer that adds the words' mean value to every token; None for the
+            paper's attention as the only path from words to latents. [D]
         latents_mean: mean a channel of the latents; empty stands for 0.
         latents_std: spread a channel of the latents; empty stands for 1.
         backbone_name: folder or hub id of the backbone, so that a model saved without it finds it.
@@ -153,7 +153,7 @@ class LatteFlowTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         patch_size: int = 1,
         time_embedding_size: int = 256,
         initial_scale: float = 0.3,
-        context_bias: float | None = None,
+        pooled_context: int | None = None,
         latents_mean: Sequence[float] = (),
         latents_std: Sequence[float] = (),
         backbone_name: str | None = None,
@@ -178,7 +178,7 @@ class LatteFlowTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 residual_attention=residual_attention,
                 first_of_group=number % self.group_size == 0,
                 initial_scale=initial_scale,
-                context_bias=context_bias,
+                pooled_context=pooled_context,
             )
             for number in range(num_layers)
         )
@@ -274,9 +274,16 @@ class LatteFlowTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         x = io.patch_embedding(x_t, around.places)
 
         attention_map = None
-        for layer, time, rotary, context in zip(layers, moment.layers, around.rotary, around.context, strict=True):
+        for layer, time, rotary, context, prompt in zip(layers, moment.layers, *around[:2], around.prompt, strict=True):
             x, attention_map = self._run(
-                layer, x, time, rotary=rotary, context=context, mask=around.mask, previous_map=attention_map
+                layer,
+                x,
+                time,
+                rotary=rotary,
+                context=context,
+                mask=around.mask,
+                previous_map=attention_map,
+                prompt=prompt,
             )
 
         return unpatchify(io.velocity(x, *moment.out), self.config.patch_size, *x_t.shape[-2:])
@@ -305,6 +312,7 @@ class LatteFlowTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
             [context.layer(number) for number in numbers],
             _visible(context.mask, rows * columns),
             self.io_of(group).patch_embedding.places_of(rows, columns),
+            [None] * len(numbers),
         )
 
     def _run(self, layer: nn.Module, *given: Any, **named: Any) -> Any:

@@ -53,7 +53,6 @@ class Attention(nn.Module):
         mask: torch.Tensor | None = None,
         gate: torch.Tensor | None = None,
         previous_map: torch.Tensor | None = None,
-        context_bias: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attend from x (B, N, hidden_size).
 
@@ -64,7 +63,6 @@ class Attention(nn.Module):
             mask: bool, broadcastable to (B, heads, N, T + N), true where a key may be seen.
             gate: g(t), (B, heads, 1, 1).
             previous_map: the map of the layer before, (B, heads, N, N).
-            context_bias: added to the scores of words, (heads,).
 
         Returns:
             (B, N, hidden_size) and this layer's map, None where maps are not carried.
@@ -86,6 +84,5 @@ class Attention(nn.Module):
             mode=self.mode,
             gate=gate,
             previous_map=previous_map,
-            context_bias=context_bias,
         )
         return self.o_proj(out.transpose(1, 2).flatten(2)), attention_map

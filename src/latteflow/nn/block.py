@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from latteflow.nn.attention import Attention
+from latteflow.nn.embeddings import PooledContext
 from latteflow.nn.feed_forward import Activation, FeedForward
 from latteflow.nn.norm import RMSNorm, modulate
 from latteflow.nn.residual_attention import ResidualAttention, ResidualGate
@@ -46,7 +47,7 @@ class ReplicaLayer(nn.Module):
         residual_attention: how attention maps are carried.
         first_of_group: the first layer of a group has no predecessor, hence no gate.
         initial_scale: scale(t) of both branches at the start.
-        context_bias: what is added to every head's scores of words at the start, and then learnt; None for nothing.
+        pooled_context: width inside the perceptron that adds the whole prompt to every token; None for no such path.
     """
 
     def __init__(
@@ -65,9 +66,13 @@ class ReplicaLayer(nn.Module):
         residual_attention: ResidualAttention,
         first_of_group: bool,
         initial_scale: float,
-        context_bias: float | None = None,
+        pooled_context: int | None = None,
     ) -> None:
         super().__init__()
+        value_size = num_key_value_heads * head_dim
+        self.pooled = (
+            None if pooled_context is None else PooledContext(value_size, pooled_context, hidden_size, norm_eps)
+        )
         self.input_layernorm = RMSNorm(hidden_size, norm_eps)
         self.self_attn = Attention(
             hidden_size,
@@ -85,8 +90,7 @@ class ReplicaLayer(nn.Module):
         self.modulation = nn.Linear(time_size, 4 * hidden_size)
         carries = residual_attention != "none" and not first_of_group
         self.gate = ResidualGate(time_size, num_heads) if carries else None
-        self.context_bias = None if context_bias is None else nn.Parameter(torch.empty(num_heads))
-        self.initial_scale, self.initial_context_bias = initial_scale, context_bias
+        self.initial_scale = initial_scale
         self.initialize_additions()
 
     @torch.no_grad()
@@ -108,8 +112,8 @@ class ReplicaLayer(nn.Module):
         if self.gate is not None:
             nn.init.zeros_(self.gate.project.weight)
             nn.init.zeros_(self.gate.project.bias)
-        if self.context_bias is not None and self.initial_context_bias is not None:
-            self.context_bias.fill_(self.initial_context_bias)
+        if self.pooled is not None:
+            self.pooled.initialize()
 
     def modulation_of(self, time: torch.Tensor) -> Modulation:
         """Map the time embedding (B, time_size) to what it does to this layer, for later calls.
@@ -122,6 +126,23 @@ class ReplicaLayer(nn.Module):
         parts = self.modulation(functional.silu(time))[:, None].chunk(4, dim=-1)
         return Modulation(*parts, gate=None if self.gate is None else self.gate(time))
 
+    def prompt_of(
+        self, context: tuple[torch.Tensor, torch.Tensor] | None, mask: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """Return what the whole prompt adds to every token, (B, 1, hidden_size), for later calls; None for nothing.
+
+        Arguments as in ``forward``, which does not call it, for the reason that ``modulation_of`` gives.
+        """
+        return self._prompt(context, mask)
+
+    def _prompt(
+        self, context: tuple[torch.Tensor, torch.Tensor] | None, mask: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        if self.pooled is None or context is None:
+            return None
+        values = context[1]
+        return self.pooled(values, None if mask is None else mask[:, 0, 0, : values.shape[2]])
+
     def forward(
         self,
         x: torch.Tensor,
@@ -131,6 +152,7 @@ class ReplicaLayer(nn.Module):
         context: tuple[torch.Tensor, torch.Tensor] | None,
         mask: torch.Tensor | None = None,
         previous_map: torch.Tensor | None = None,
+        prompt: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the stream after this layer, (B, N, hidden_size), and the layer's attention map.
 
@@ -141,8 +163,13 @@ class ReplicaLayer(nn.Module):
             context: the backbone layer's keys and values, each (B, key/value heads, T, head_dim).
             mask: bool, broadcastable to (B, heads, N, T + N), true where a key may be seen.
             previous_map: the map of the layer before in this group, (B, heads, N, N).
+            prompt: what ``prompt_of`` returned before.
         """
         at = time if isinstance(time, Modulation) else self._at(time)
+        prompt = self._prompt(context, mask) if prompt is None else prompt
+
+        if prompt is not None:
+            x = x + prompt
 
         h = self.input_layernorm(x)
         h, attention_map = self.self_attn(
@@ -152,7 +179,6 @@ class ReplicaLayer(nn.Module):
             mask=mask,
             gate=at.gate,
             previous_map=previous_map,
-            context_bias=self.context_bias,
         )
         x = x + at.attention_scale * self.attention_out_norm(h)
 

@@ -1,4 +1,4 @@
-"""Time, patches and grid places as vectors."""
+"""Time, patches, grid places and a whole prompt as vectors."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import torch
 from einops import rearrange
 from torch import nn
 from torch.nn import functional
+
+from latteflow.nn.norm import RMSNorm
 
 _TIME_SCALE = 1000.0
 """t in [0, 1] is spread over the range that sinusoidal embeddings were designed for; nobody outside multiplies."""
@@ -67,6 +69,40 @@ class PatchEmbedding(nn.Module):
         columns = sinusoidal(torch.arange(width, device=device), size, longest=100.0)
         grid = torch.cat([rows[:, None].expand(-1, width, -1), columns[None].expand(height, -1, -1)], dim=-1)
         return rearrange(grid, "h w d -> (h w) d").to(self.place.weight.dtype)
+
+
+class PooledContext(nn.Module):
+    """A whole prompt as one vector: its words' mean value, normalised, and a two-layer perceptron.
+
+    Attention has to find words among latents before it can learn from them; this path is open from the start. As a
+    mean, it brings little beyond what each word brings, so a thing and a style seen apart go together. [D]
+    """
+
+    def __init__(self, value_size: int, inner_size: int, hidden_size: int, norm_eps: float) -> None:
+        super().__init__()
+        self.norm = RMSNorm(value_size, norm_eps)
+        self.inner = nn.Linear(value_size, inner_size)
+        self.outer = nn.Linear(inner_size, hidden_size)
+
+    @torch.no_grad()
+    def initialize(self) -> None:
+        """Set it to its start: nothing is added."""
+        nn.init.ones_(self.norm.weight)
+        self.inner.reset_parameters()
+        nn.init.zeros_(self.outer.weight)
+        nn.init.zeros_(self.outer.bias)
+
+    def forward(self, values: torch.Tensor, words: torch.Tensor | None = None) -> torch.Tensor:
+        """Map a backbone layer's values (B, key/value heads, T, head_dim) to (B, 1, hidden_size).
+
+        Args:
+            values: of the prompts' words.
+            words: bool (B, T), false where there is padding; None where there is none.
+        """
+        of_words = rearrange(values.float(), "b h t d -> b t (h d)")
+        share = torch.ones_like(of_words[..., :1]) if words is None else words[..., None].float()
+        mean = (of_words * share).sum(dim=1, keepdim=True) / share.sum(dim=1, keepdim=True)
+        return self.outer(functional.silu(self.inner(self.norm(mean.to(self.inner.weight.dtype)))))
 
 
 def patchify(latents: torch.Tensor, patch_size: int) -> torch.Tensor:

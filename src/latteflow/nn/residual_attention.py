@@ -42,7 +42,6 @@ def attend(
     mode: ResidualAttention,
     gate: torch.Tensor | None,
     previous_map: torch.Tensor | None,
-    context_bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attend from latents to context and latents, the image block helped by the layer before.
 
@@ -55,20 +54,15 @@ def attend(
         mode: how the map is carried on.
         gate: g(t), (B, heads, 1, 1); None in the first layer of a group.
         previous_map: A^{l-1}, (B, heads, N, N); None in the first layer of a group.
-        context_bias: added to the scores of context keys, (heads,), so that a few words are heard among many latents;
-            None for the paper's plain scores. [D]
 
     Returns:
         The heads' outputs (B, heads, N, D) and the accumulated map A^l, None where ``mode`` is "none".
     """
-    bias = None if context_bias is None else _bias_of_words(context_bias, image_tokens, key.shape[2])
     if mode == "none":
-        if bias is not None:
-            mask = _hidden(bias, mask).to(query.dtype)
         return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True), None
     if mode == "logits":
-        return _attend_with_logits(query, key, value, image_tokens, mask, gate, previous_map, bias)
-    return _attend_with_probs(query, key, value, image_tokens, mask, gate, previous_map, bias)
+        return _attend_with_logits(query, key, value, image_tokens, mask, gate, previous_map)
+    return _attend_with_probs(query, key, value, image_tokens, mask, gate, previous_map)
 
 
 def _attend_with_probs(
@@ -79,12 +73,11 @@ def _attend_with_probs(
     mask: torch.Tensor | None,
     gate: torch.Tensor | None,
     previous_map: torch.Tensor | None,
-    words: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     scores = _scores(query, key)
-    if words is not None:
-        scores = scores + words
-    probs = _hidden(scores, mask).softmax(dim=-1)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    probs = scores.softmax(dim=-1)
     if gate is not None and previous_map is not None:
         image_map = probs[..., -image_tokens:] + gate * previous_map
         probs = torch.cat([probs[..., :-image_tokens], image_map], dim=-1)
@@ -99,29 +92,17 @@ def _attend_with_logits(
     mask: torch.Tensor | None,
     gate: torch.Tensor | None,
     previous_map: torch.Tensor | None,
-    words: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     image_map = _scores(query, key[:, :, -image_tokens:])
     bias = torch.zeros(*image_map.shape[:-1], key.shape[2], dtype=query.dtype, device=query.device)
-    if words is not None:
-        bias = bias + words.to(bias.dtype)
     if gate is not None and previous_map is not None:
         carried = gate * previous_map
         image_map = image_map + carried
         bias[..., -image_tokens:] = carried.to(query.dtype)
-    bias = _hidden(bias, mask)
+    if mask is not None:
+        bias = bias.masked_fill(~mask, float("-inf"))
     out = functional.scaled_dot_product_attention(query, key, value, attn_mask=bias, enable_gqa=True)
     return out, image_map
-
-
-def _bias_of_words(context_bias: torch.Tensor, image_tokens: int, keys: int) -> torch.Tensor:
-    """Return what is added to the scores of all keys, float32 (1, heads, 1, T + N): nothing to those of latents."""
-    words = context_bias.float()[None, :, None, None].expand(-1, -1, -1, keys - image_tokens)
-    return functional.pad(words, (0, image_tokens))
-
-
-def _hidden(scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    return scores if mask is None else torch.where(mask, scores, float("-inf"))
 
 
 def _scores(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:

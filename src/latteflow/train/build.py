@@ -57,7 +57,10 @@ def _feed_of(recipe: GeneratorRecipe) -> tuple[Feed, int]:
     data, settings = recipe.data, recipe.generator
     if data.kind == "captioned":
         images, heldout = (load_split(data, split) for split in ("train", "heldout"))
-        return MemoryFeed(images, heldout, settings.captions_per_image, recipe.train.seed), images.pixels.shape[-1]
+        feed = MemoryFeed(
+            images, heldout, settings.captions_per_image, recipe.train.seed, copies_per_image=settings.copies_per_image
+        )
+        return feed, images.pixels.shape[-1]
     if data.kind == "latents":
         shards = LatentShards(data.path, {"size": data.size})
         return LatentFeed(shards, data.validation), shards.manifest["size"]

@@ -43,8 +43,9 @@ def shard(model: nn.Module, accelerator: Accelerator, *, half: bool) -> None:
     for module in model.modules():
         if type(module).__name__ in names:
             fully_shard(module, **settings)
-        if isinstance(module, ReplicaLayer):  # previews ask for what t does ahead
-            register_fsdp_forward_method(module, "modulation_of")
+        if isinstance(module, ReplicaLayer):  # previews ask ahead for what t and the prompt do
+            for method in ("modulation_of", "prompt_of"):
+                register_fsdp_forward_method(module, method)
     fully_shard(model, **settings)
     if isinstance(model, LatteFlowTransformer):
         model.run_groups_of_all_processes = True

@@ -10,11 +10,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch.utils.data import get_worker_info
 
 from latteflow.data.captioned import CaptionedImages
 from latteflow.data.loader import generator_of
 from latteflow.data.prompts import canonical_caption, draw_caption
+from latteflow.data.transforms import nudge
 from latteflow.errors import UserError
 from latteflow.models.autoencoder import encode_pictures
 from latteflow.models.context import Context, concatenate
@@ -22,6 +24,8 @@ from latteflow.pipeline import LatteFlowPipeline
 from latteflow.train.samples import Samples
 
 _AT_ONCE = 256
+_FURTHEST = 2
+"""Pixels that a copy is moved by at most: whole ones, so that strokes stay sharp."""
 
 
 class Feed:
@@ -92,24 +96,34 @@ class Feed:
 
 
 class MemoryFeed(Feed):
-    """A captioned set in memory: every latent, and a few captions' contexts a picture, are computed once.
+    """A captioned set in memory: every picture's latents, and a few captions' contexts, are computed once.
 
     Args:
         images: to train on.
         heldout: to validate on, with their canonical captions.
         captions_per_image: captions of a picture; the first is its canonical one, the others are drawn.
-        seed: of that draw.
+        seed: of that draw, and of the copies'.
+        copies_per_image: latents of a picture; the first are its own, the others of copies that are moved a little.
     """
 
-    def __init__(self, images: CaptionedImages, heldout: CaptionedImages, captions_per_image: int, seed: int) -> None:
+    def __init__(
+        self,
+        images: CaptionedImages,
+        heldout: CaptionedImages,
+        captions_per_image: int,
+        seed: int,
+        *,
+        copies_per_image: int = 1,
+    ) -> None:
         self.images, self.heldout, self.seed = images, heldout, seed
-        self.captions_per_image = captions_per_image
+        self.captions_per_image, self.copies_per_image = captions_per_image, copies_per_image
         self.number = len(images)
 
     def prepare(self, pipe: LatteFlowPipeline, device: torch.device) -> None:
         """Compute all latents and contexts."""
         super().prepare(pipe, device)
-        self.latents = self._encode(self.images)
+        copies = (self._encode(self.images, copy) for copy in range(self.copies_per_image))
+        self.latents = rearrange(list(copies), "copy n c h w -> (n copy) c h w")
         captions = [caption for number in range(self.number) for caption in self._captions(number)]
         self.contexts = self._contexts([*captions, ""])
         self.heldout_latents = self._encode(self.heldout)
@@ -130,9 +144,11 @@ class MemoryFeed(Feed):
         """Pick what was computed ahead."""
         caption = samples.integers("caption", self.captions_per_image)
         dropped = samples.rand("dropped prompt") < prompt_dropout
+        copy = samples.integers("copy", self.copies_per_image)
+        picture = samples.index * self.copies_per_image + copy
         # The empty prompt's context stands behind all others.
         which = torch.where(dropped, len(self.contexts) - 1, samples.index * self.captions_per_image + caption)
-        return self.latents[samples.index.to(self.device)], self.contexts.select(which.to(self.device)).trim()
+        return self.latents[picture.to(self.device)], self.contexts.select(which.to(self.device)).trim()
 
     def validation(self) -> Iterator[tuple[torch.Tensor, Context]]:
         """Yield all held-out pictures."""
@@ -141,10 +157,15 @@ class MemoryFeed(Feed):
             yield self.heldout_latents[there], self.heldout_contexts.select(there)
 
     @torch.no_grad()
-    def _encode(self, images: CaptionedImages) -> torch.Tensor:
+    def _encode(self, images: CaptionedImages, copy: int = 0) -> torch.Tensor:
         vae, config = self.pipe.vae, self.pipe.transformer.config
-        parts = torch.arange(len(images)).split(_AT_ONCE)
-        return torch.cat([encode_pictures(vae, config, images.batch(i).to(self.device)) for i in parts])
+        found = []
+        for part, index in enumerate(torch.arange(len(images)).split(_AT_ONCE)):
+            pictures = images.batch(index)
+            if copy:
+                pictures = nudge(pictures, generator_of(self.seed, "copy", copy, part), _FURTHEST)
+            found.append(encode_pictures(vae, config, pictures.to(self.device)))
+        return torch.cat(found)
 
     def _contexts(self, captions: Sequence[str]) -> Context:
         """Return the contexts of captions in bfloat16: half the memory of what is read once a step."""

@@ -7,6 +7,7 @@ once, and a step runs the replica alone.
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -52,6 +53,8 @@ class GeneratorStage(Stage):
         backbone, processor, backbone_identity = load_prompter(settings.backbone)
         feed.check(vae_identity, backbone_identity)
         mean, std = feed.statistics(vae)
+        if settings.latent_scale == "common":
+            std = [math.sqrt(sum(s * s for s in std) / len(std))] * len(std)
         replica = LatteFlowTransformer.from_backbone(
             backbone,
             num_groups=settings.num_groups,
@@ -63,7 +66,7 @@ class GeneratorStage(Stage):
             patch_size=settings.patch_size,
             time_embedding_size=settings.time_embedding_size,
             initial_scale=settings.initial_scale,
-            context_bias=settings.context_bias,
+            pooled_context=settings.pooled_context,
             latents_mean=mean,
             latents_std=std,
             backbone_name=settings.backbone,
@@ -134,11 +137,15 @@ class GeneratorStage(Stage):
 
     def _times(self, samples: Samples) -> tuple[torch.Tensor, torch.Tensor]:
         groups = self._groups(samples.batch_size, samples.seed, samples.step)[samples.places]
-        t = self._times_in(groups, torch.stack([samples.rand("time"), samples.rand("density")]))
+        t = self._times_in(groups, self._draws(samples))
         narrowing = self.settings.narrowing_steps
         if samples.step >= narrowing:
             return groups, t
         return groups, widened(t, groups, self.pipe.transformer.intervals, 1 - samples.step / narrowing)
+
+    def _draws(self, samples: Samples) -> torch.Tensor:
+        """Return what times are made of: two uniform numbers a sample, float64 (2, n)."""
+        return torch.stack([samples.rand("time"), samples.rand("density")])
 
     def _times_in(self, groups: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
         settings = self.settings

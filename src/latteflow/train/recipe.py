@@ -256,8 +256,8 @@ class GeneratorSection(Section):
     time_embedding_size: PositiveInt = 128
     initial_scale: float = 0.3
     """scale(t) of both branches of a layer at the start. [D]"""
-    context_bias: float | None = None
-    """Added to the scores of words at the start, then learnt, a number a head; left out, none. [D]"""
+    pooled_context: PositiveInt | None = None
+    """Width inside a perceptron a layer that adds the words' mean value to every token; left out, none. [D]"""
     density: Literal["uniform", "logit_normal"] = "uniform"
     logit_mean: float = 0.0
     logit_std: PositiveFloat = 1.0
@@ -267,6 +267,10 @@ class GeneratorSection(Section):
     prompt_dropout: Probability = 0.1
     captions_per_image: PositiveInt = 4
     """Captions of each picture, the canonical one and others that are drawn; their contexts are computed once."""
+    copies_per_image: PositiveInt = 1
+    """Latents of each picture in memory: its own, and those of copies moved by up to two pixels, on white."""
+    latent_scale: Literal["channel", "common"] = "channel"
+    """Latents get spread 1 in every channel, or one factor for all channels gives them spread 1 together. [D]"""
     preview_prompts: tuple[str, ...] = ("a slice of pizza, noto style",)
     guidance_scale: float = 3.0
 
