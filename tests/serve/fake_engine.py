@@ -6,6 +6,7 @@ import time
 import numpy as np
 from PIL import Image
 
+from latteflow.serve.engine.admission import Queue
 from latteflow.serve.engine.requests import (
     Cancelled,
     ChatRequest,
@@ -54,10 +55,15 @@ class FakeEngine:
         self._stopped = True
         self.going.set()
         self._thread.join()
+        self.warming.set()
         for ticket in [*self.active, *self.waiting]:
             ticket.tell(Failed(Draining("gone")))
 
     def draw(self, requests):
+        queue = Queue(self.pipe, self.settings)
+        for request in requests:
+            queue.check(request)
+        queue.put_drawings([], requests)
         return self._admit(requests)
 
     def chat(self, request):

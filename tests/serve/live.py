@@ -39,9 +39,9 @@ class Live:
 
 
 @contextmanager
-def live(engine, settings=None, *, warm=True, drain=5.0, notice=0.0):
-    metrics = Metrics()
-    engine.observer = metrics
+def live(engine, settings=None, metrics=None, *, warm=True, drain=5.0, notice=0.0):
+    if metrics is None:
+        engine.observer = metrics = Metrics()
     app = create_app(engine, settings or ServerSettings(model="toy"), metrics)
     urls = queue.Queue()
     config = uvicorn.Config(
@@ -68,7 +68,6 @@ def live(engine, settings=None, *, warm=True, drain=5.0, notice=0.0):
             url = server._url()
         yield Live(url, engine, server)
     finally:
-        engine.warming.set()
         server.should_exit = True
         thread.join(PATIENCE)
         assert not thread.is_alive()

@@ -80,7 +80,8 @@ def serve(
     metrics = Metrics()
     app = create_app(Engine(pipe, engine_settings, observer=metrics), settings, metrics)
     log_as_json()
-    run(app, host, port, drain=drain, notice=drain_delay, announce=lambda url: print(url, flush=True))
+    if not run(app, host, port, drain=drain, notice=drain_delay, announce=lambda url: print(url, flush=True)):
+        raise typer.Exit(1)
 
 
 def _is_loopback(host: str) -> bool:

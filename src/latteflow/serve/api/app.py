@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import JSONResponse
@@ -19,9 +19,7 @@ from latteflow.serve.api.logs import RequestLog
 from latteflow.serve.api.metrics import Metrics
 from latteflow.serve.api.service import Service
 from latteflow.serve.api.settings import ServerSettings
-
-if TYPE_CHECKING:
-    from latteflow.serve.engine.engine import Engine
+from latteflow.serve.engine.engine import Engine
 
 _KEYED = (images.router, chat.router, models.router, metrics.router)
 _description = APIRouter(route_class=KeyedRoute)
@@ -70,7 +68,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
     finally:
         await asyncio.to_thread(engine.stop)
-        await asyncio.wait({app.state.warm_up})
+        await asyncio.gather(app.state.warm_up, return_exceptions=True)  # it may have been cut off
 
 
 @_description.get("/openapi.json", include_in_schema=False)

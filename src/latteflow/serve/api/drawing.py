@@ -1,4 +1,4 @@
-"""From what a client asks to what the engine is asked for a picture: sizes, seeds, and how much work one may ask."""
+"""From what a client asks to what the engine is asked for a picture: sizes, seeds, previews."""
 
 from __future__ import annotations
 
@@ -7,13 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from latteflow.models.processor import Message
-from latteflow.models.request import check_size
-from latteflow.serve.api.errors import ApiError
 from latteflow.serve.api.schemas import Drawing
 from latteflow.serve.api.service import Service
 from latteflow.serve.engine.requests import DrawRequest
 
-_USUAL_STEPS = 40
 _MOST_RANDOM_SEED = 2**32
 """Drawn seeds are short enough for every language's numbers, and to be typed."""
 
@@ -29,14 +26,9 @@ def draw_requests(
         service: whose model draws.
         number: of pictures; picture i has the seed of the first plus i.
         previews: of each picture, about.
-
-    Raises:
-        UserError: a size that the model cannot draw.
-        ApiError: more work than a request may ask.
     """
     width, height = _size(drawing.size, service.engine.pipe)
     steps = drawing.number_of_steps
-    _check_work(service, number, steps, guided=drawing.scale != 1.0, tokens=picture_tokens(service, width, height))
     seed = secrets.randbelow(_MOST_RANDOM_SEED) if drawing.seed is None else drawing.seed
     return [
         DrawRequest(
@@ -65,19 +57,4 @@ def _size(text: str | None, pipe: Any) -> tuple[int, int]:
         side = pipe.transformer.config.sample_size * pipe.vae.spatial_compression_ratio
         return side, side
     width, height = (int(side) for side in text.split("x"))
-    check_size(height, width, factor=pipe.spatial_factor)
     return width, height
-
-
-def _check_work(service: Service, number: int, steps: int, *, guided: bool, tokens: int) -> None:
-    """Refuse what the engine could not even queue: asking again would not help."""
-    most = service.engine.settings.max_queued_pictures
-    native, _ = _size(None, service.engine.pipe)
-    usual = picture_tokens(service, native, native) * _USUAL_STEPS * 2
-    if number * steps * tokens * (2 if guided else 1) > most * usual:
-        raise ApiError(
-            400,
-            "too_much_work",
-            f"this asks for more than {most} pictures of {native}x{native} in {_USUAL_STEPS} steps would take: ask for "
-            "fewer or smaller pictures, or fewer steps",
-        )

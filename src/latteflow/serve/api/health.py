@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse
 
@@ -9,7 +11,9 @@ from latteflow.serve.api.answers import Health
 from latteflow.serve.api.service import ServiceOf
 
 router = APIRouter(tags=["health"])
-_NOT_READY = {503: {"model": Health, "description": "Not ready: send requests elsewhere, or wait."}}
+_NOT_READY: dict[int | str, dict[str, Any]] = {
+    503: {"model": Health, "description": "Not ready: send requests elsewhere, or wait."}
+}
 
 
 @router.get("/livez")

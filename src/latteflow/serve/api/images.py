@@ -17,7 +17,7 @@ from latteflow.serve.api.keys import KeyedRoute
 from latteflow.serve.api.schemas import ImageBody
 from latteflow.serve.api.service import Service, ServiceOf, ignored_header
 from latteflow.serve.api.tickets import HEARTBEAT, EventStream, events, finished, server_event
-from latteflow.serve.engine.requests import DrawRequest, Finished, Progress, Ticket
+from latteflow.serve.engine.requests import DrawRequest, EngineFailed, Finished, Progress, Ticket
 
 router = APIRouter(prefix="/v1/images", tags=["images"], route_class=KeyedRoute, responses=ERRORS)
 
@@ -45,15 +45,17 @@ async def generate(request: Request, body: ImageBody, service: ServiceOf) -> Res
     return JSONResponse(answer.model_dump(), headers=headers)
 
 
-async def encoded(body: ImageBody, asked: DrawRequest, end: Finished, service: Service) -> str:
+async def _encoded(body: ImageBody, asked: DrawRequest, end: Finished, service: Service) -> str:
     """Return a finished picture's file in base64, with its record inside."""
+    if end.image is None:
+        raise EngineFailed("a drawing ended without a picture")
     record = record_of(asked, body.prompt, service.settings.model, service.settings.weights)
     kind = body.output_format or "png"
     return await anyio.to_thread.run_sync(encode_picture, end.image, kind, body.output_compression, record)
 
 
 async def _data(body: ImageBody, asked: DrawRequest, end: Finished, service: Service) -> ImageData:
-    text = await encoded(body, asked, end, service)
+    text = await _encoded(body, asked, end, service)
     if body.response_format == "url":
         return ImageData(url=data_url(text, body.output_format or "png"), seed=asked.seed)
     return ImageData(b64_json=text, seed=asked.seed)
@@ -85,7 +87,7 @@ async def _frames(body: ImageBody, asked: DrawRequest, ticket: Ticket, service: 
                     )
                     sent += 1
             case Finished():
-                text, name = await encoded(body, asked, event, service), "image_generation.completed"
+                text, name = await _encoded(body, asked, event, service), "image_generation.completed"
                 usage = _usage([asked], [event], service).model_dump()
                 yield server_event({"type": name, "b64_json": text, "seed": asked.seed, **about, "usage": usage}, name)
 

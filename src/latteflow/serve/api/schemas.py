@@ -39,7 +39,7 @@ class Body(BaseModel):
 class Drawing(Body):
     """How a picture is drawn; shared by both endpoints that draw."""
 
-    size: Annotated[str, StringConstraints(pattern=r"^(auto|[0-9]{1,5}x[0-9]{1,5})$")] | None = Field(
+    size: Annotated[str, StringConstraints(pattern=r"^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$")] | None = Field(
         None, description="WIDTHxHEIGHT in pixels, or auto: the model's own."
     )
     output_format: Literal["png", "webp", "jpeg"] | None = None

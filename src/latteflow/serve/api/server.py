@@ -19,8 +19,10 @@ _LAST_WORDS = 5
 """Seconds for answers that are done to be sent, once everything has been drained."""
 
 
-def serve(app: FastAPI, host: str, port: int, *, drain: float, notice: float, announce: Callable[[str], None]) -> None:
+def serve(app: FastAPI, host: str, port: int, *, drain: float, notice: float, announce: Callable[[str], None]) -> bool:
     """Serve an application until SIGTERM or SIGINT; a second of them ends the process at once, with code 1.
+
+    Return whether the engine got warm; if it did not, the log says why.
 
     After the first, ``/readyz`` answers 503 while requests are still taken, for ``notice`` seconds; then requests are
     refused with 503 and what runs is finished, for at most ``drain`` seconds.
@@ -34,7 +36,7 @@ def serve(app: FastAPI, host: str, port: int, *, drain: float, notice: float, an
         announce: called with the server's URL once the engine is warm.
 
     Raises:
-        UserError: host and port cannot be listened on, or the engine does not get warm.
+        UserError: host and port cannot be listened on.
     """
     config = uvicorn.Config(
         app,
@@ -56,8 +58,7 @@ def serve(app: FastAPI, host: str, port: int, *, drain: float, notice: float, an
         raise UserError(
             f"cannot listen on {host}:{port}: give a free --port, and an address of this machine"
         ) from error
-    if server.trouble is not None:
-        raise UserError(f"the engine did not get warm: {server.trouble}")
+    return server.warm
 
 
 class LeavingServer(uvicorn.Server):
@@ -76,8 +77,8 @@ class LeavingServer(uvicorn.Server):
     ) -> None:
         super().__init__(config)
         self.app, self.drain, self.notice, self.announce = app, drain, notice, announce
-        self.trouble: str | None = None
-        """Why the engine did not get warm."""
+        self.warm = True
+        """Whether the engine got warm, as far as is known."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._asked_to_leave = False
@@ -113,7 +114,7 @@ class LeavingServer(uvicorn.Server):
             self.announce(self._url())
             return
         _LOGGER.error("warm-up failed", exc_info=error)
-        self.trouble, self.should_exit = type(error).__name__, True
+        self.warm, self.should_exit = False, True
 
     def _url(self) -> str:
         host, port = self.servers[0].sockets[0].getsockname()[:2]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import anyio
 from fastapi import Depends, Request
@@ -11,10 +11,7 @@ from fastapi import Depends, Request
 from latteflow.serve.api.errors import ApiError
 from latteflow.serve.api.schemas import Body
 from latteflow.serve.api.settings import ServerSettings
-
-if TYPE_CHECKING:
-    from latteflow.serve.engine.engine import Engine
-
+from latteflow.serve.engine.engine import Engine
 
 _DECODERS = 2
 
