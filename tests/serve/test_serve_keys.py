@@ -40,6 +40,12 @@ def test_the_routes_are_these(toy_pipe):
     assert found == {route for route in ROUTES if route[1] not in HIDDEN}
 
 
+def test_nothing_is_told_to_anybody(toy_pipe, monkeypatch):
+    monkeypatch.setenv("FASTAPI_OTEL_AUTO_CONFIGURE", "true")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
+    assert not create_app(FakeEngine(toy_pipe))._native_telemetry.enabled()
+
+
 @pytest.mark.parametrize("route", sorted(ROUTES), ids=" ".join)
 @pytest.mark.parametrize(
     "header",

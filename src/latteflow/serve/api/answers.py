@@ -29,6 +29,17 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 """What every route's description says of errors."""
 
 
+_EVENT = {
+    "type": "object",
+    "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
+    "required": ["data"],
+}
+OR_STREAM: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/event-stream": {"itemSchema": _EVENT}}, "description": "With stream, events."}
+}
+"""What a route's description says, whose answer may be a stream."""
+
+
 class Health(BaseModel):
     """How the server is."""
 

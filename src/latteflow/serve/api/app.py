@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import JSONResponse
 from fastapi.security import HTTPBearer
+from fastapi.telemetry import TelemetryConfig
 
 from latteflow import __version__
 from latteflow.serve.api import chat, errors, health, images, metrics, models
@@ -22,6 +23,8 @@ from latteflow.serve.api.settings import ServerSettings
 from latteflow.serve.engine.engine import Engine
 
 _KEYED = (images.router, chat.router, models.router, metrics.router)
+_NO_TELEMETRY: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
+"""FastAPI's own would read bodies, and can be turned on by an environment variable."""
 _description = APIRouter(route_class=KeyedRoute)
 
 
@@ -43,13 +46,14 @@ def create_app(engine: Engine, settings: ServerSettings | None = None, counted: 
         lifespan=_lifespan,
         openapi_url=None,  # described below, behind a key like everything else; the pages FastAPI has call out
         redirect_slashes=False,
+        telemetry=_NO_TELEMETRY,
     )
     app.state.service, app.state.metrics = Service(engine, settings), counted
     counted.watch(engine.status)
     errors.install(app)
     app.include_router(health.router)
     # The check is KeyedRoute's; this describes it.
-    described = [Depends(HTTPBearer(auto_error=False))]
+    described = [Depends(HTTPBearer(auto_error=False))] if settings.keys else []
     for router in (*_KEYED, _description):
         app.include_router(router, dependencies=described)
     app.add_middleware(

@@ -15,6 +15,7 @@ from fastapi.responses import JSONResponse
 from latteflow.models.processor import Message
 from latteflow.serve.api.answers import (
     ERRORS,
+    OR_STREAM,
     AnswerImage,
     AnswerMessage,
     AnswerUrl,
@@ -63,7 +64,7 @@ class _Turn:
         return ChatUsage(prompt_tokens=end.prompt_tokens, completion_tokens=said, total_tokens=end.prompt_tokens + said)
 
 
-@router.post("/completions", response_model=ChatAnswer)
+@router.post("/completions", response_model=ChatAnswer, responses=OR_STREAM)
 async def complete(request: Request, body: ChatBody, service: ServiceOf) -> Response:
     """Answer a conversation."""
     service.take(body.model)

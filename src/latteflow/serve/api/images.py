@@ -10,7 +10,7 @@ import anyio
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from latteflow.serve.api.answers import ERRORS, ImageData, ImagesAnswer, ImagesUsage, TokenDetails
+from latteflow.serve.api.answers import ERRORS, OR_STREAM, ImageData, ImagesAnswer, ImagesUsage, TokenDetails
 from latteflow.serve.api.drawing import draw_requests, picture_tokens
 from latteflow.serve.api.encoding import data_url, encode_picture, record_of
 from latteflow.serve.api.keys import KeyedRoute
@@ -22,7 +22,7 @@ from latteflow.serve.engine.requests import DrawRequest, EngineFailed, Finished,
 router = APIRouter(prefix="/v1/images", tags=["images"], route_class=KeyedRoute, responses=ERRORS)
 
 
-@router.post("/generations", response_model=ImagesAnswer)
+@router.post("/generations", response_model=ImagesAnswer, responses=OR_STREAM)
 async def generate(request: Request, body: ImageBody, service: ServiceOf) -> Response:
     """Draw pictures; with ``stream``, as server-sent events with previews."""
     service.take(body.model)
