@@ -24,7 +24,7 @@ from latteflow.serve.engine.engine import Engine
 
 _KEYED = (images.router, chat.router, models.router, metrics.router)
 _NO_TELEMETRY: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
-"""FastAPI's own would read bodies, and can be turned on by an environment variable."""
+"""FastAPI's own would see bodies, and can be turned on by an environment variable."""
 _description = APIRouter(route_class=KeyedRoute)
 
 
