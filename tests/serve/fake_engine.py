@@ -69,6 +69,9 @@ class FakeEngine:
     def chat(self, request):
         return self._admit([request])[0]
 
+    def ahead_of(self, ticket):
+        return self.waiting.index(ticket) if ticket in self.waiting else 0
+
     def status(self):
         return EngineStatus(
             ready=self.ready and not self._draining and self.failed is None,

@@ -133,6 +133,20 @@ def test_progress_says_which_expert_ran(client):
     assert events[-1].type == "image_generation.completed"
 
 
+def test_who_waits_is_told_how_many_are_before(server, client, http):
+    server.engine.going.clear()
+    body = {"prompt": "x", "steps": 1, "stream": True, "progress": True}
+    with http.stream("POST", "/v1/images/generations", json=body) as first:
+        lines = first.iter_lines()  # which closes the connection when it is dropped
+        assert '"ahead": 0' in next(line for line in lines if line.startswith("data: "))
+        stream = iter(client.images.generate(prompt="x", stream=True, extra_body={"steps": 1, "progress": True}))
+        for _ in range(2):  # at once, and again after a second
+            event = next(stream)
+            assert (event.type, event.latteflow) == ("image_generation.queued", {"ahead": 1})
+        server.engine.going.set()
+        assert [event.type for event in stream][-1] == "image_generation.completed"
+
+
 def test_what_fails_in_a_stream_is_an_error_of_the_client(server, client):
     from latteflow.serve.engine.requests import EngineFailed
 

@@ -19,6 +19,9 @@ from latteflow.serve.api.service import Service, ServiceOf, ignored_header
 from latteflow.serve.api.tickets import HEARTBEAT, EventStream, events, finished, server_event
 from latteflow.serve.engine.requests import DrawRequest, EngineFailed, Finished, Progress, Ticket
 
+_QUIET = {False: 15.0, True: 1.0}
+"""Seconds without news after which a stream says that it lives; with progress, what stands before it in the queue."""
+
 router = APIRouter(prefix="/v1/images", tags=["images"], route_class=KeyedRoute, responses=ERRORS)
 
 
@@ -71,8 +74,13 @@ async def _frames(body: ImageBody, asked: DrawRequest, ticket: Ticket, service: 
         "quality": "auto",
         "size": f"{asked.width}x{asked.height}",
     }
-    async for event in events(ticket):
+    queued = "image_generation.queued"
+    if body.progress:
+        yield server_event({"type": queued, "latteflow": {"ahead": service.engine.ahead_of(ticket)}}, queued)
+    async for event in events(ticket, _QUIET[bool(body.progress)]):
         match event:
+            case None if body.progress:
+                yield server_event({"type": queued, "latteflow": {"ahead": service.engine.ahead_of(ticket)}}, queued)
             case None:
                 yield HEARTBEAT
             case Progress():

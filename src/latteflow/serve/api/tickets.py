@@ -18,10 +18,8 @@ from latteflow.errors import UserError
 from latteflow.serve.api.errors import error_of
 from latteflow.serve.engine.requests import Event, Failed, Finished, Refused, Ticket
 
-_QUIET = 15.0
-"""Seconds without an event after which a stream says that it lives: proxies cut silent ones."""
 HEARTBEAT = ": waiting\n\n"
-"""A comment of server-sent events."""
+"""A comment of server-sent events, which says that the stream lives: proxies cut silent ones."""
 
 
 async def finished(request: Request, tickets: Sequence[Ticket]) -> list[Finished]:
@@ -46,8 +44,8 @@ async def finished(request: Request, tickets: Sequence[Ticket]) -> list[Finished
         gone.cancel()
 
 
-async def events(ticket: Ticket) -> AsyncIterator[Event | None]:
-    """Yield a ticket's events up to ``Finished``, and None where nothing has happened for a while.
+async def events(ticket: Ticket, quiet: float = 15.0) -> AsyncIterator[Event | None]:
+    """Yield a ticket's events up to ``Finished``, and None where nothing has happened for ``quiet`` seconds.
 
     Raises:
         Refused: it failed.
@@ -57,7 +55,7 @@ async def events(ticket: Ticket) -> AsyncIterator[Event | None]:
     ticket.subscribe(_into_loop(queue.put_nowait))
     while True:
         event = None
-        with anyio.move_on_after(_QUIET):
+        with anyio.move_on_after(quiet):
             event = await queue.get()
         if isinstance(event, Failed):
             raise event.error
@@ -98,7 +96,8 @@ class EventStream(StreamingResponse):
                 await send(message)
 
         try:
-            await super().__call__(scope, receive, send_in_time)
+            with suppress(TimeoutError):  # the server closes a connection whose answer was not ended
+                await super().__call__(scope, receive, send_in_time)
         finally:
             self.ticket.cancel()
 
