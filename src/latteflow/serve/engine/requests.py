@@ -186,6 +186,11 @@ class Ticket:
         """Whether the last event has happened."""
         return bool(self._events) and isinstance(self._events[-1], Finished | Failed)
 
+    @property
+    def last(self) -> Event:
+        """The latest event; there is one."""
+        return self._events[-1]
+
     def result(self, timeout: float | None = None) -> Finished:
         """Wait for the end and return it.
 
