@@ -69,7 +69,7 @@ class DrawTab:
             self.by_chance = gr.Checkbox(label="A new seed every time", value=True)
             self.steps = gr.Slider(label="Steps", minimum=1, maximum=100, value=40, step=1)
             self.guidance = gr.Slider(label="Guidance", minimum=0, maximum=15, value=4, step=0.1)
-            self.size = gr.Textbox(label="Size", value="auto", info="WIDTHxHEIGHT in pixels; auto is the model's own")
+            self.size = gr.Textbox(label="Size: WIDTHxHEIGHT in pixels, or auto", value="auto")
             self.upload = gr.UploadButton("Settings from a picture", file_types=[".png"], size="sm", elem_id="upload")
         gr.Examples(list(EXAMPLES), self.prompt, label="Examples", elem_id="examples", api_visibility="private")
         self.fields = [self.prompt, self.negative, self.seed, self.steps, self.guidance, self.size]

@@ -89,11 +89,11 @@ def _from_record(record: dict[str, Any], default: Settings) -> Settings:
     if isinstance(record.get("negative_prompt"), str):
         found["negative_prompt"] = record["negative_prompt"]
     seed, steps, guidance = record.get("seed"), record.get("steps"), record.get("guidance")
-    if isinstance(seed, int) and 0 <= seed <= _LARGEST_SEED:
-        found["seed"] = int(seed)
-    if isinstance(steps, int) and 1 <= steps <= 1000:
-        found["steps"] = int(steps)
-    if isinstance(guidance, int | float) and 0 <= guidance <= 100:
+    if type(seed) is int and 0 <= seed <= _LARGEST_SEED:
+        found["seed"] = seed
+    if type(steps) is int and 1 <= steps <= 1000:
+        found["steps"] = steps
+    if isinstance(guidance, int | float) and not isinstance(guidance, bool) and 0 <= guidance <= 100:
         found["guidance"] = float(guidance)
     if isinstance(record.get("size"), str):
         found["size"] = record["size"][:20]
@@ -102,14 +102,16 @@ def _from_record(record: dict[str, Any], default: Settings) -> Settings:
 
 def command_line(settings: Settings, model: str) -> str:
     """Return the command that draws the picture again."""
-    words = ["latteflow", "generate", settings.prompt, "--model", model, "--seed", str(settings.seed)]
+    words = ["--model", model, "--seed", str(settings.seed)]
     words += ["--steps", str(settings.steps), "--guidance", f"{settings.guidance:g}"]
     if settings.negative_prompt:
         words += ["--negative", settings.negative_prompt]
     if settings.size != "auto":
         width, height = settings.size.split("x")
         words += ["--width", width, "--height", height]
-    return shlex.join([*words, "--out", "picture.png"])
+    words += ["--out", "picture.png"]
+    prompt = settings.prompt
+    return shlex.join(["latteflow", "generate", *([*words, "--", prompt] if prompt[:1] == "-" else [prompt, *words])])
 
 
 def curl(settings: Settings, model: str, address: str, *, keyed: bool) -> str:

@@ -9,12 +9,13 @@ from typing import Any
 
 import gradio as gr
 from fastapi import FastAPI
+from fastapi.telemetry import TelemetryConfig
 from starlette.datastructures import Headers
-from starlette.responses import JSONResponse
-from starlette.routing import Mount
+from starlette.routing import Match, Mount
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from latteflow.errors import UserError
+from latteflow.serve.api.errors import ApiError
 from latteflow.serve.page import shown, strip
 from latteflow.serve.page.chat_tab import ChatTab
 from latteflow.serve.page.draw_tab import DrawTab
@@ -45,21 +46,12 @@ _SCRIPT = """
 })
 """
 # What the page's own scripts ask for; Gradio has more, such as a proxy and a description of all functions.
-_OPEN = (
-    "/assets/",
-    "/static/",
-    "/gradio_api/file=",
-    "/gradio_api/heartbeat/",
-    "/gradio_api/queue/",
-    "/gradio_api/run/",
+_ADDRESSES = frozenset(
+    {"/", "/config", "/theme.css", "/favicon.ico"}
+    | {f"/gradio_api/{name}" for name in ("upload", "upload_progress", "cancel", "reset", "startup-events")}
 )
-_OPEN_EXACTLY = frozenset(
-    {"/", "/config", "/theme.css", "/favicon.ico", "/manifest.json"}
-    | {
-        f"/gradio_api/{name}"
-        for name in ("upload", "upload_progress", "heartbeat", "cancel", "reset", "startup-events")
-    }
-)
+_FOLDERS = ("/assets/", "/static/") + tuple(f"/gradio_api/{name}" for name in ("file=", "heartbeat/", "queue/", "run/"))
+_SILENT: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
 
 
 def build_page() -> gr.Blocks:
@@ -106,6 +98,7 @@ def mount_page(app: FastAPI, accepts: Callable[[str | None], bool]) -> None:
         app,
         build_page(),
         path="/",
+        app_kwargs={"telemetry": _SILENT},
         allowed_paths=[],
         show_error=False,
         max_file_size=_LARGEST_UPLOAD,
@@ -125,14 +118,25 @@ def mount_page(app: FastAPI, accepts: Callable[[str | None], bool]) -> None:
         css=_STYLE + shown.STYLE + strip.STYLE,
         js=_SCRIPT,
     )
-    mounted = app.routes[-1]
+    # What Gradio mounted would answer every address; this one answers the page's own.
+    mounted = app.router.routes.pop()
     if not isinstance(mounted, Mount):
         raise RuntimeError("Gradio did not mount the page as the last route")
-    mounted.app = PageGate(mounted.app, accepts)
+    app.router.routes.append(_Page("/", PageGate(mounted.app, accepts)))
+
+
+class _Page(Mount):
+    """A route that takes the page's own addresses and leaves all others to whoever has them, or to nobody."""
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        path = scope.get("path", "")
+        if path in _ADDRESSES or path.startswith(_FOLDERS):
+            return super().matches(scope)
+        return Match.NONE, {}
 
 
 class PageGate:
-    """What stands before Gradio: the key, where the server has one, and a list of the addresses that the page needs.
+    """What stands before Gradio: the key, where the server has one.
 
     Args:
         app: Gradio's.
@@ -143,18 +147,11 @@ class PageGate:
         self.app, self.accepts = app, accepts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer, or hand on."""
+        """Hand on what comes with a key; have a browser ask for one otherwise."""
         key = bearer(Headers(scope=scope).get("authorization"))
-        if not self.accepts(f"Bearer {key}" if key else None):
-            refusal = _error(401, "invalid_api_key", "give the API key as the password; the name may be anything")
-            refusal.headers["WWW-Authenticate"] = 'Basic realm="latteflow", charset="UTF-8"'
-            await refusal(scope, receive, send)
-        elif scope["path"] not in _OPEN_EXACTLY and not scope["path"].startswith(_OPEN):
-            await _error(404, "not_found", "there is nothing at this address")(scope, receive, send)
-        else:
+        if self.accepts(f"Bearer {key}" if key else None):
             await self.app(scope, receive, send)
-
-
-def _error(status: int, code: str, message: str) -> JSONResponse:
-    error = {"message": message, "type": "invalid_request_error", "param": None, "code": code}
-    return JSONResponse({"error": error}, status)
+            return
+        ask = {"WWW-Authenticate": 'Basic realm="latteflow", charset="UTF-8"'}
+        message = "give the API key as the password; the name may be anything"
+        await ApiError(401, "invalid_api_key", message, headers=ask).response()(scope, receive, send)

@@ -20,7 +20,7 @@ STYLE = """
   border: 1px solid var(--border-color-primary); color: #555;}
 #picture > div, #picture > div > div {width: 100%; display: grid; place-items: center;}
 #picture img {width: min(100%, 24rem); image-rendering: pixelated;}
-#picture a {font-size: 0.9rem;}
+#picture a {font-size: 0.9rem; color: #1d4ed8; text-decoration: underline;}
 #status, #chat-status {min-height: 1.6rem;}
 #status .trouble, #chat-status .trouble {color: var(--error-text-color, #b91c1c); font-weight: 600;}
 #gallery .drawings {display: grid; grid-template-columns: repeat(auto-fill, minmax(4.5rem, 1fr)); gap: 0.5rem;}
@@ -29,7 +29,8 @@ STYLE = """
 #gallery button img {width: 100%; height: 100%; object-fit: contain; display: block;}
 #gallery button[aria-pressed="true"] {border-color: var(--color-accent);}
 #gallery button:focus-visible {outline: 3px solid var(--color-accent); outline-offset: 2px;}
-#conversation .message img {width: min(100%, 12rem); image-rendering: pixelated; background: white; border-radius: 6px;}
+#conversation .message img {margin: 0 0 0.4rem; width: min(100%, 12rem); image-rendering: pixelated; background: white;
+  border-radius: 6px;}
 #details table {width: 100%; border-collapse: collapse;}
 #details th, #details td {text-align: left; padding: 0.2rem 0.6rem 0.2rem 0; vertical-align: top;
   overflow-wrap: anywhere;}
