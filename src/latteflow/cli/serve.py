@@ -17,6 +17,7 @@ from latteflow.cli.model import (
     ModelOption,
     QuantizeOption,
     asked_weights,
+    fastest_dtype,
     load_pipeline,
 )
 from latteflow.errors import UserError
@@ -61,6 +62,7 @@ def serve(
     from latteflow.serve.engine.engine import Engine
     from latteflow.serve.engine.settings import EngineSettings
 
+    dtype = dtype or (None if quantize else fastest_dtype(model, device))
     keys = ApiKeys.read(api_key_file, os.environ.get(_KEYS_VARIABLE))
     if not (keys or insecure or _is_loopback(host)):
         raise UserError(
