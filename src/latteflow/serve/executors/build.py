@@ -1,0 +1,141 @@
+"""From settings to an executor: in this process, or a group pipeline, or whichever is better."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+
+from latteflow.errors import UserError
+from latteflow.pipeline import LatteFlowPipeline
+from latteflow.serve.engine.drawing import Solver, remembers_nothing
+from latteflow.serve.engine.executor import Executor, LocalExecutor
+from latteflow.serve.engine.settings import EngineSettings
+from latteflow.serve.executors.cost import Cost, measure
+from latteflow.serve.executors.group_pipeline import GroupPipeline, Patience
+from latteflow.serve.executors.placement import Work, pipeline_is_better
+from latteflow.serve.executors.stage import StageSettings
+from latteflow.serve.executors.stage_process import Inbox, StageProcess
+
+_log = logging.getLogger(__name__)
+
+_STEPS = 40
+
+
+def build_executor(
+    model: str | Path,
+    pipe: LatteFlowPipeline,
+    settings: EngineSettings,
+    patience: Patience = Patience(),  # noqa: B008  (frozen)
+) -> Executor:
+    """Return what makes an engine's steps, as ``settings.placement`` says; stages are ready when this returns.
+
+    Args:
+        model: folder of the saved pipeline that ``pipe`` was loaded from, or an embedded model's name. Stages read
+            their groups' weights there: what was changed in memory (adapters, quantisation) they do not have.
+        pipe: the model. With "pipeline" its replica's layers may lack storage (``transformer_without_layers``).
+        settings: of the engine.
+        patience: with stages.
+
+    Raises:
+        UserError: the solver, the devices, the weights or the system do not allow a pipeline where one is asked for.
+        EngineFailed: stages end again and again before they are ready.
+    """
+    obstacle = _obstacle(pipe)
+    if settings.placement == "local" or (settings.placement == "auto" and obstacle is not None):
+        return LocalExecutor(pipe.transformer, settings)
+    if obstacle is not None:
+        raise UserError(obstacle)
+    pipeline = start_pipeline(model, pipe, settings, patience)
+    if settings.placement == "pipeline" or _is_better(pipeline, pipe, settings):
+        return pipeline
+    pipeline.close()
+    return LocalExecutor(pipe.transformer, settings)
+
+
+def start_pipeline(
+    model: str | Path, pipe: LatteFlowPipeline, settings: EngineSettings, patience: Patience
+) -> GroupPipeline:
+    """Return a group pipeline whose stages are ready; arguments and errors are those of ``build_executor``."""
+    devices = stage_devices(settings.devices, pipe)
+    # Stages beside each other on the CPU share its cores.
+    threads = max(1, torch.get_num_threads() // max(1, sum(torch.device(each).type == "cpu" for each in devices)))
+    engine = dataclasses.asdict(settings) | {"placement": "local", "devices": ()}
+    scheduler = json.loads(pipe.scheduler.to_json_string())
+
+    def start(group: int, inbox: Inbox) -> StageProcess:
+        return StageProcess(
+            StageSettings(
+                model=str(model),
+                group=group,
+                device=devices[group],
+                dtype=str(pipe.transformer.dtype).removeprefix("torch."),
+                threads=threads,
+                scheduler=scheduler,
+                engine=engine,
+                beat=patience.silence / 4,
+                pipe=-1,
+            ),
+            inbox,
+        )
+
+    pipeline = GroupPipeline(pipe.transformer, start, patience)
+    pipeline.wait_until_ready()
+    return pipeline
+
+
+def stage_devices(devices: Sequence[str], pipe: LatteFlowPipeline) -> list[str]:
+    """Return each group's device: as given, one for all, or where the pipeline computes.
+
+    Raises:
+        UserError: it is another number of devices, or one has no such name.
+    """
+    number = pipe.transformer.config.num_groups
+    given = list(devices) or [str(pipe.vae.device)]
+    if len(given) not in (1, number):
+        raise UserError(f"{len(given)} devices for {number} groups: give one, or one for each group")
+    for name in given:
+        try:
+            torch.device(name)
+        except RuntimeError as error:
+            raise UserError(f"{name!r} is no device: say cpu, or cuda:0 and the like") from error
+    return given * (number // len(given))
+
+
+def _obstacle(pipe: LatteFlowPipeline) -> str | None:
+    """Return why a pipeline cannot be; None if it can."""
+    scheduler = pipe.scheduler
+    if type(scheduler) is not FlowMatchEulerDiscreteScheduler or not remembers_nothing(scheduler):
+        return (
+            f"{type(scheduler).__name__} remembers the steps before, which no stage has seen: use the euler solver, "
+            "or placement local"
+        )
+    return None
+
+
+def _is_better(pipeline: GroupPipeline, pipe: LatteFlowPipeline, settings: EngineSettings) -> bool:
+    """Measure both placements, and say whether the pipeline is better."""
+    transformer, scheduler = pipe.transformer, pipe.scheduler
+    device = torch.device(pipe.vae.device)
+    groups = range(transformer.config.num_groups)
+    times = Solver(scheduler, _STEPS, device).times
+    steps = Counter(int(transformer.group_of(t)) for t in times)
+
+    def work(costs: Sequence[Cost]) -> list[Work]:
+        return [Work(steps[group], cost) for group, cost in zip(groups, costs, strict=True)]
+
+    stages = pipeline.measure()
+    engine = [measure(transformer, group, scheduler, settings, device) for group in groups]
+    # An engine on the CPU takes all its cores; of other devices each holds one.
+    devices = {each for each in stage_devices(settings.devices, pipe) if torch.device(each).type != "cpu"}
+    better = pipeline_is_better(
+        work(stages), work(engine), most=settings.max_batch, engines=max(1, len(devices)), load=settings.load
+    )
+    _log.info("placement %s: stages %s, engine %s", "pipeline" if better else "local", stages, engine)
+    return better
