@@ -178,7 +178,16 @@ def test_what_is_not_on_the_list_is_refused(message, tensors):
 
 
 @pytest.mark.parametrize(
-    "header", ['{"kind": "ready", "more": 1}', '{"kind": "eval"}', "{}", "[]", "[" * 5000, '{"kind": "leave", "id": 1}']
+    "header",
+    [
+        '{"kind": "ready", "more": 1}',
+        '{"kind": "eval"}',
+        "{}",
+        "[]",
+        "[" * 5000,
+        '{"kind": "leave", "id": 1}',
+        " " * 70_000 + '{"kind": "ready"}',
+    ],
 )
 def test_headers_that_are_not_on_the_list_are_refused(header):
     empty = encode(Packet(Ready()))[4 + len('{"kind":"ready"}') :]

@@ -5,7 +5,7 @@ import torch
 from engine_toys import PROMPTS, alone, pixels, running
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pipeline_toys import AT_ONCE, CPU, FakePipeline, drawing, drawn, locally, pipe_of
+from pipeline_toys import AT_ONCE, CPU, FakePipeline, FakeStage, drawing, drawn, locally, pipe_of
 
 from latteflow.errors import UserError
 from latteflow.serve.engine.executor import Lost, Stepped
@@ -246,6 +246,25 @@ def test_a_stage_refuses_what_makes_no_sense():
 def test_a_refusal_is_the_users_to_mend():
     with pytest.raises(UserError, match="no device 'tpu'"):
         FakePipeline(pipe_of(), PLAIN, AT_ONCE, Packet(Refusal(message="there is no device 'tpu' here")))
+
+
+def test_stages_measure_what_they_cost_one_after_the_other():
+    pipeline = FakePipeline(pipe_of(), PLAIN)
+    work, busy = FakeStage.work, []
+
+    def dying(stage):
+        busy.append([each.group for each in pipeline.stages.values() if each.heard])
+        if stage.group == 2 and stage.heard and pipeline.restarts == 0:
+            stage.die()
+        work(stage)
+
+    for stage in pipeline.started:
+        stage.work = lambda stage=stage: dying(stage)
+    costs = pipeline.measure()
+    assert len(costs) == 4
+    assert all(cost.seconds(1) > 0 for cost in costs)
+    assert pipeline.restarts == 1
+    assert max(map(len, busy)) == 1
 
 
 def test_an_engine_draws_with_it_and_says_when_it_is_not_ready():

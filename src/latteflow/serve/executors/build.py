@@ -64,8 +64,7 @@ def start_pipeline(
 ) -> GroupPipeline:
     """Return a group pipeline whose stages are ready; arguments and errors are those of ``build_executor``."""
     devices = stage_devices(settings.devices, pipe)
-    # Stages beside each other on the CPU share its cores.
-    threads = max(1, torch.get_num_threads() // max(1, sum(torch.device(each).type == "cpu" for each in devices)))
+    threads = max(1, torch.get_num_threads() // max(1, devices.count("cpu")))
     engine = dataclasses.asdict(settings) | {"placement": "local", "devices": ()}
     scheduler = json.loads(pipe.scheduler.to_json_string())
 
@@ -100,12 +99,10 @@ def stage_devices(devices: Sequence[str], pipe: LatteFlowPipeline) -> list[str]:
     given = list(devices) or [str(pipe.vae.device)]
     if len(given) not in (1, number):
         raise UserError(f"{len(given)} devices for {number} groups: give one, or one for each group")
-    for name in given:
-        try:
-            torch.device(name)
-        except RuntimeError as error:
-            raise UserError(f"{name!r} is no device: say cpu, or cuda:0 and the like") from error
-    return given * (number // len(given))
+    try:
+        return [str(torch.device(name)) for name in given] * (number // len(given))
+    except RuntimeError as error:
+        raise UserError(f"{', '.join(given)}: no devices, which are called cpu, cuda:0 and the like") from error
 
 
 def _obstacle(pipe: LatteFlowPipeline) -> str | None:
@@ -119,23 +116,40 @@ def _obstacle(pipe: LatteFlowPipeline) -> str | None:
     return None
 
 
+def sharing(devices: Sequence[str], cores: int) -> list[float]:
+    """Return how many times longer each stage's forwards take when all stages work.
+
+    Stages on the CPU have cores of their own, as far as there are enough; those on another device take turns.
+
+    Args:
+        devices: of each stage.
+        cores: that torch uses of the CPU.
+    """
+    counts = Counter(devices)
+    return [max(1.0, counts[each] / cores) if each == "cpu" else float(counts[each]) for each in devices]
+
+
 def _is_better(pipeline: GroupPipeline, pipe: LatteFlowPipeline, settings: EngineSettings) -> bool:
     """Measure both placements, and say whether the pipeline is better."""
     transformer, scheduler = pipe.transformer, pipe.scheduler
     device = torch.device(pipe.vae.device)
     groups = range(transformer.config.num_groups)
-    times = Solver(scheduler, _STEPS, device).times
-    steps = Counter(int(transformer.group_of(t)) for t in times)
-
-    def work(costs: Sequence[Cost]) -> list[Work]:
-        return [Work(steps[group], cost) for group, cost in zip(groups, costs, strict=True)]
-
-    stages = pipeline.measure()
-    engine = [measure(transformer, group, scheduler, settings, device) for group in groups]
-    # An engine on the CPU takes all its cores; of other devices each holds one.
-    devices = {each for each in stage_devices(settings.devices, pipe) if torch.device(each).type != "cpu"}
+    steps = Counter(int(transformer.group_of(t)) for t in Solver(scheduler, _STEPS, device).times)
+    devices = stage_devices(settings.devices, pipe)
+    factors = sharing(devices, torch.get_num_threads())
+    stages = [
+        Work(steps[group], Cost(factor * cost.fixed, factor * cost.each))
+        for group, cost, factor in zip(groups, pipeline.measure(), factors, strict=True)
+    ]
+    engine = [Work(steps[group], measure(transformer, group, scheduler, settings, device)) for group in groups]
     better = pipeline_is_better(
-        work(stages), work(engine), most=settings.max_batch, engines=max(1, len(devices)), load=settings.load
+        stages,
+        engine,
+        most=settings.max_batch,
+        active=settings.max_active,
+        # An engine on the CPU takes all its cores; of other devices each holds one.
+        engines=max(1, len({each for each in devices if each != "cpu"})),
+        load=settings.load,
     )
-    _log.info("placement %s: stages %s, engine %s", "pipeline" if better else "local", stages, engine)
+    _log.info("placement %s: of stages %s, of an engine %s", "pipeline" if better else "local", stages, engine)
     return better

@@ -17,7 +17,7 @@ from latteflow.serve.engine.executor import LocalExecutor
 from latteflow.serve.engine.settings import EngineSettings
 
 _SIZES = (1, 2, 4, 8)
-_REPEATS = 3
+_REPEATS = 5
 _WORDS = 16
 _STEPS_A_GROUP = 16
 
@@ -62,7 +62,7 @@ def measure(
     settings: EngineSettings,
     device: torch.device,
 ) -> Cost:
-    """Return the cost of a group's steps, guided, of the model's own size, here and now; takes some twenty forwards.
+    """Return the cost of a group's steps, guided, of the model's own size, here and now; in some twenty forwards.
 
     Args:
         transformer: the replica; the other groups' layers are not touched.

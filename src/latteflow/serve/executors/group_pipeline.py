@@ -134,15 +134,21 @@ class GroupPipeline:
                 raise UserError(self._refusal)
 
     def measure(self) -> list[Cost]:
-        """Return what forwards of each group cost, all stages measuring at the same time; there are no pictures."""
-        while any(slot.cost is None for slot in self._slots):
+        """Return what forwards of each group cost, one stage measuring after the other; there are no pictures.
+
+        Raises:
+            EngineFailed: a stage ended again and again.
+        """
+        return [self._measured(slot) for slot in self._slots]
+
+    def _measured(self, slot: _Slot) -> Cost:
+        slot.cost = None
+        while slot.cost is None:
             self.wait_until_ready()
-            for slot in self._slots:
-                if slot.cost is None:
-                    self._send(slot, Packet(Measure()))
-            while self.trouble() is None and any(slot.cost is None for slot in self._slots):
+            self._send(slot, Packet(Measure()))
+            while slot.cost is None and self.trouble() is None:
                 self.advance(_WAIT_SECONDS)
-        return [slot.cost for slot in self._slots if slot.cost is not None]
+        return slot.cost
 
     def add(self, drawing: Drawing) -> None:
         """Take a picture; it advances from now on."""
