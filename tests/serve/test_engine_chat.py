@@ -91,6 +91,7 @@ def test_an_answer_can_be_given_up():
         with pytest.raises(Cancelled):
             ticket.result(LIMIT)
         assert engine.chat(ChatRequest(QUESTION, max_new_tokens=2)).result(LIMIT).completion_tokens == 2
+        engine.drain(LIMIT)
         assert engine.status().chats == 0
 
 

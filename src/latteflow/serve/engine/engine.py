@@ -25,7 +25,7 @@ from latteflow.serve.engine.answering import Answer
 from latteflow.serve.engine.decoding import DecodingThread
 from latteflow.serve.engine.drawing import Drawing, Solver
 from latteflow.serve.engine.executor import Executor, LocalExecutor, Lost, Stepped
-from latteflow.serve.engine.preview import Preview, latents_for_fitting
+from latteflow.serve.engine.preview import Preview
 from latteflow.serve.engine.prompts import Prompts
 from latteflow.serve.engine.requests import (
     Cancelled,
@@ -45,6 +45,8 @@ from latteflow.serve.engine.settings import EngineSettings, EngineStatus, Observ
 
 _IDLE_SECONDS = 0.25
 """How long an idle loop sleeps before it looks again: deadlines of what waits are seen in time."""
+
+_WARM_UP_PICTURES = 16
 
 
 @dataclass
@@ -106,16 +108,22 @@ class Engine:
         self._thread.start()
 
     def warm_up(self) -> None:
-        """Draw one picture and fit the preview; from then on ``status().ready`` is true.
+        """Draw a few pictures and fit the preview to them; from then on ``status().ready`` is true.
 
         Raises:
-            Refused: the picture was not drawn.
+            Refused: they were not drawn.
         """
-        config = self.pipe.transformer.config
-        latents = latents_for_fitting(config.latent_channels, config.sample_size, config.sample_size)
-        self._preview = Preview.fit(self.pipe.vae, config, latents)
-        steps = 2 * config.num_groups  # so that every expert runs
-        self.draw([DrawRequest("", num_inference_steps=steps, preview_every=1)])[0].result()
+        steps = 2 * self.pipe.transformer.config.num_groups  # so that every expert runs
+        number = min(_WARM_UP_PICTURES, self.settings.max_queued_pictures)
+        plain = [DrawRequest("", seed=i, num_inference_steps=steps, guidance_scale=1.0) for i in range(number)]
+        images = [image for ticket in self.draw(plain) if (image := ticket.result().image) is not None]
+        self._preview = Preview.fit(self.pipe.vae, self.pipe.transformer.config, images)
+        # Few pictures, unlike ones, long prompts: other kinds of call, which a compiled model compiles one by one.
+        words = ("", "a", "a picture " * 20)
+        guided = [DrawRequest(each, num_inference_steps=steps + i) for i, each in enumerate(words)]
+        for together in (plain[:1], guided[:1], guided):
+            for ticket in self.draw(together[: self.settings.max_queued_pictures]):
+                ticket.result()
         self._warm = True
 
     def draw(self, requests: Sequence[DrawRequest]) -> list[Ticket]:

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from diffusers import AutoencoderDC
+from diffusers.image_processor import VaeImageProcessor
 from einops import rearrange
 from PIL import Image
+from torch.nn import functional
 
-from latteflow.models.autoencoder import decode_latents
+from latteflow.models.autoencoder import encode_pictures
 
-_PICTURES = 48
 _RIDGE = 1e-3
+"""Of the mean square of a normalised latent, which is about 1."""
 
 
 class Preview:
-    """One linear map for every place: a latent's channels to the pixels that it stands for.
+    """One linear map for every place: a latent and its eight neighbours to the pixels that the latent stands for.
 
     Args:
-        weight: (channels + 1, 3 · factor²); the last row is added.
+        weight: (9 · channels + 1, 3 · factor²); the last row is added.
         factor: pixels a side of a latent.
     """
 
@@ -28,25 +31,29 @@ class Preview:
 
     @classmethod
     @torch.no_grad()
-    def fit(cls, vae: AutoencoderDC, config: Any, latents: torch.Tensor) -> Preview:
-        """Fit the map to what the decoder makes of normalised latents (number, channels, H, W), by least squares.
+    def fit(cls, vae: AutoencoderDC, config: Any, images: Sequence[Image.Image]) -> Preview:
+        """Fit the map to pictures of one size by least squares.
+
+        A dozen pictures that the model draws without a prompt are enough: every place is an example. [D]
 
         Args:
             vae: the autoencoder.
             config: of the replica, with the latents' mean and spread.
-            latents: what pictures of the model look like; see ``latents_for_fitting``.
+            images: such as the model draws.
         """
         factor = vae.spatial_compression_ratio
-        pictures = decode_latents(vae, config, latents.to(vae.device, vae.dtype)).float().cpu()
-        x = _rows(latents.float().cpu())
+        pictures = VaeImageProcessor().preprocess(list(images))
+        latents = encode_pictures(vae, config, pictures.to(vae.device, vae.dtype))
+        x = _neighbourhoods(latents)
         y = rearrange(pictures, "b c (h i) (w j) -> (b h w) (c i j)", i=factor, j=factor)
         gram = x.T @ x + _RIDGE * len(x) * torch.eye(x.shape[1])
         return cls(torch.linalg.solve(gram, x.T @ y), factor)
 
+    @torch.no_grad()
     def __call__(self, latents: torch.Tensor) -> Image.Image:
         """Return the picture of normalised latents (1, channels, H, W), roughly."""
         pixels = rearrange(
-            _rows(latents.float().cpu()) @ self.weight,
+            _neighbourhoods(latents) @ self.weight,
             "(h w) (c i j) -> (h i) (w j) c",
             h=latents.shape[2],
             i=self.factor,
@@ -55,20 +62,8 @@ class Preview:
         return Image.fromarray(((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).numpy())
 
 
-def latents_for_fitting(channels: int, rows: int, columns: int) -> torch.Tensor:
-    """Return normalised latents that have colours and edges: noise at every scale, (number, channels, H, W). [D]
-
-    Real pictures' latents would fit better; a model's folder holds none.
-    """
-    generator = torch.Generator().manual_seed(0)
-    scales = []
-    for side in (1, 2, 4, 8):
-        noise = torch.randn(_PICTURES, channels, min(side, rows), min(side, columns), generator=generator)
-        scales.append(torch.nn.functional.interpolate(noise, (rows, columns), mode="nearest"))
-    return torch.stack(scales).mean(0) * len(scales) ** 0.5
-
-
-def _rows(latents: torch.Tensor) -> torch.Tensor:
-    """Return a row a place, with a 1 at its end, (places, channels + 1)."""
-    x = rearrange(latents, "b c h w -> (b h w) c")
-    return torch.cat([x, torch.ones(len(x), 1)], dim=1)
+def _neighbourhoods(latents: torch.Tensor) -> torch.Tensor:
+    """Return a row a place: the latents in 3x3 around it, those at the border repeated, and a 1."""
+    padded = functional.pad(latents.float().cpu(), (1, 1, 1, 1), mode="replicate")
+    rows = rearrange(functional.unfold(padded, 3), "b c n -> (b n) c")
+    return torch.cat([rows, torch.ones(len(rows), 1)], dim=1)
