@@ -177,6 +177,9 @@ def test_what_is_not_on_the_list_is_refused(message, tensors):
         decode(encode(Packet(message, tensors)))
 
 
+INFINITE = '{"kind": "measured", "fixed": Infinity, "each": 0.0}'
+
+
 @pytest.mark.parametrize(
     "header",
     [
@@ -187,6 +190,7 @@ def test_what_is_not_on_the_list_is_refused(message, tensors):
         "[" * 5000,
         '{"kind": "leave", "id": 1}',
         " " * 70_000 + '{"kind": "ready"}',
+        INFINITE,
     ],
 )
 def test_headers_that_are_not_on_the_list_are_refused(header):

@@ -159,6 +159,23 @@ def test_stages_that_die_again_and_again_are_the_end():
     assert not any(stage.alive for stage in pipeline.started)
 
 
+def test_a_stage_that_cannot_be_started_yet_is_started_later():
+    pipeline = FakePipeline(pipe_of(), PLAIN)
+    start, refusals = pipeline._start, [OSError(12, "Cannot allocate memory")] * 3
+
+    def short_of_memory(group, inbox):
+        if refusals:
+            raise refusals.pop()
+        return start(group, inbox)
+
+    pipeline._start = short_of_memory
+    pipeline.stages[1].die()
+    for _ in range(6):
+        assert pipeline.advance() == []
+    assert pipeline.trouble() is None
+    assert pipeline.restarts == 4
+
+
 def test_deaths_long_ago_are_forgotten():
     pipeline = FakePipeline(pipe_of(), PLAIN, Patience(deaths=2, window=0, backoff=0))
     for _ in range(5):

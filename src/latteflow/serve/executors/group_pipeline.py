@@ -202,10 +202,18 @@ class GroupPipeline:
         """Start what is to be started, and end what has been silent for too long."""
         for slot in self._slots:
             if slot.stage is None:
-                if time.monotonic() >= slot.start_at:
-                    slot.stage = self._start(slot.group, self._inbox)
+                self._fill(slot)
             elif slot.stage.silent_for > (self._patience.silence if slot.ready else self._patience.start):
                 self._bury(slot, "was silent for too long")
+
+    def _fill(self, slot: _Slot) -> None:
+        """Start a stage where there is none, if it is time to."""
+        if time.monotonic() < slot.start_at:
+            return
+        try:
+            slot.stage = self._start(slot.group, self._inbox)
+        except OSError as error:  # no memory, or too many processes: perhaps not for long
+            self._bury(slot, f"could not be started ({error.strerror})")
 
     def _hear(self, report: Report) -> Sequence[Outcome]:
         slot = next((slot for slot in self._slots if slot.stage is report.stage), None)
