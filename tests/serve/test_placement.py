@@ -14,6 +14,7 @@ from engine_toys import double_pipeline
 from pipeline_toys import CPU, pipe_of
 
 from latteflow.errors import UserError
+from latteflow.models.lora import lora_config
 from latteflow.serve.engine.executor import LocalExecutor
 from latteflow.serve.engine.policy import choose
 from latteflow.serve.engine.settings import EngineSettings
@@ -238,6 +239,18 @@ def test_solvers_that_remember_stay_in_one_process(scheduler):
         build_executor("folder", pipe, EngineSettings(placement="pipeline"))
     for placement in ("auto", "local"):
         assert isinstance(build_executor("folder", pipe, EngineSettings(placement=placement)), LocalExecutor)
+
+
+@pytest.mark.parametrize("change", ["adapter", "quantisation"])
+def test_weights_that_no_folder_holds_stay_in_one_process(monkeypatch, change):
+    pipe = toy_pipeline(4)
+    if change == "adapter":
+        pipe.transformer.add_adapter(lora_config(pipe.transformer, 2))
+    else:
+        monkeypatch.setattr(build, "quantization_of", lambda *parts: "int8" if parts == (pipe.transformer,) else None)
+    with pytest.raises(UserError, match="plain weights"):
+        build_executor("folder", pipe, EngineSettings(placement="pipeline"))
+    assert isinstance(build_executor("folder", pipe, EngineSettings(placement="auto")), LocalExecutor)
 
 
 def test_devices_are_one_or_one_for_each_group():

@@ -13,6 +13,7 @@ import torch
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
 from latteflow.errors import UserError
+from latteflow.models.quantization import quantization_of
 from latteflow.pipeline import LatteFlowPipeline
 from latteflow.serve.engine.drawing import Solver, remembers_nothing
 from latteflow.serve.engine.executor import Executor, LocalExecutor
@@ -38,13 +39,13 @@ def build_executor(
 
     Args:
         model: folder of the saved pipeline that ``pipe`` was loaded from, or an embedded model's name. Stages read
-            their groups' weights there: what was changed in memory (adapters, quantisation) they do not have.
+            their groups' weights there: what was changed in memory they do not have.
         pipe: the model. With "pipeline" its replica's layers may lack storage (``transformer_without_layers``).
         settings: of the engine.
         patience: with stages.
 
     Raises:
-        UserError: the solver, the devices, the weights or the system do not allow a pipeline where one is asked for.
+        UserError: the solver, the weights, the devices or the system do not allow a pipeline where one is asked for.
         EngineFailed: stages end again and again before they are ready.
     """
     obstacle = _obstacle(pipe)
@@ -112,6 +113,10 @@ def _obstacle(pipe: LatteFlowPipeline) -> str | None:
         return (
             f"{type(scheduler).__name__} remembers the steps before, which no stage has seen: use the euler solver, "
             "or placement local"
+        )
+    if quantization_of(pipe.transformer) is not None or getattr(pipe.transformer, "peft_config", None):
+        return (
+            "stages read plain weights from the model's folder: without quantisation and adapters, or placement local"
         )
     return None
 
