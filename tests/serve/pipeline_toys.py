@@ -79,10 +79,10 @@ class FakeStage:
         self.ended = True
 
     def kill(self, grace: float = 0.0) -> None:
-        self.alive = False
+        self.die()
 
     def die(self) -> None:
-        """As if by a signal."""
+        """As if by a signal: the pipe's end is heard of."""
         if self.alive:
             self.alive = False
             self._inbox.put(Report(self, None))

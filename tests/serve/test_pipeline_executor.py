@@ -123,6 +123,7 @@ def test_a_silent_stage_is_replaced():
     for _ in range(50):
         found |= {outcome.id: outcome.x_1 for outcome in pipeline.advance() if outcome.x_1 is not None}
     assert pipeline.stages[0] is not silent
+    assert pipeline.restarts == 1
     assert same(found, locally([drawing(0, pipe)], pipe, PLAIN)[0])
 
 
