@@ -17,12 +17,12 @@ from pathlib import Path
 
 import pytest
 from fake_engine import FakeEngine
-from latteflow.serve.api.keys import ApiKeys
-from latteflow.serve.api.settings import ServerSettings
 from live import live, wait_for
 from PIL import Image
 
 import toys
+from latteflow.serve.api.keys import ApiKeys
+from latteflow.serve.api.settings import ServerSettings
 from latteflow.serve.engine.requests import ChatRequest, EngineFailed, QueueFull
 from latteflow.serve.engine.settings import EngineSettings
 
