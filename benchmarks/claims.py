@@ -18,7 +18,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
@@ -53,9 +53,14 @@ def main() -> None:
     verbs = parser.add_subparsers(dest="verb", required=True)
     runs = verbs.add_parser("run", help="train what is not trained yet")
     runs.add_argument("plans", type=Path, nargs="+")
-    runs.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE",
-                      help="on the base recipe of every plan, such as data.path=...")  # fmt: skip
-    runs.add_argument("--judge", type=Path, help="in place of the plan's; with one plan")
+    runs.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="[CASE:]KEY=VALUE",
+        help="on the base recipe of every plan or of one case, such as emoji-64:data.path=...",
+    )
     runs.add_argument("--only", nargs="+", help="these arms alone")
     runs.add_argument("--threads", type=int, default=1)
     runs.add_argument("--work", type=Path, default=Path("runs/claims"), help="folder of checkpoints and weights")
@@ -80,7 +85,10 @@ def main() -> None:
 def run(options: argparse.Namespace) -> None:
     """Take every run of every plan that no other process has taken or finished."""
     torch.set_num_threads(options.threads)
-    for plan in [load_plan(path) for path in options.plans]:
+    plans = [load_plan(path) for path in options.plans]
+    for arm in sorted(set(options.only or ()) - {arm for plan in plans for arm in plan.arms}):
+        raise UserError(f"no arm {arm!r}; there is {', '.join(dict.fromkeys(arm for p in plans for arm in p.arms))}")
+    for plan in plans:
         case = Case(plan, options)
         for arm, seed in plan.trials():
             file = options.results / plan.case / f"{arm}-{seed}.json"
@@ -96,7 +104,8 @@ class Case:
     """A plan's data, judge and features: loaded with the first run that needs them, and kept for the others."""
 
     def __init__(self, plan: Plan, options: argparse.Namespace) -> None:
-        self.plan, self.options, self.overrides = plan, options, tuple(options.overrides)
+        self.plan, self.options = plan, options
+        self.overrides = overrides_of(plan.case, options.overrides)
         self.work = options.work / plan.case
         self.recipe = recipe_of(plan, plan.base_arm, 0, self.work, self.overrides)
 
@@ -125,7 +134,7 @@ class Case:
     @cached_property
     def measures(self) -> Callable[[torch.Tensor], dict[str, float]]:
         """What is measured of drawings, uint8 (number, 3, height, width), one for each of ``drawn``."""
-        looked = self._judge(self.options.judge or Path(self.plan.judge))
+        looked = self._judge(Path(self.plan.judge))
         real = self.images[0].spread(self.plan.drawings.real).pixels
         fidelity = Fidelity(convolutional_features(pretrained=True), real, len(self.drawn))
         return lambda pixels: {**fidelity.of(pixels), **looked(pixels)}
@@ -160,7 +169,7 @@ class Case:
         began = time.process_time()
         self.write_case(stage.pipe)
         drawings = self.measures(pixels_of(self.draw(stage.pipe, seed)))
-        spent = stage.reading_seconds + time.process_time() - began
+        spent = stage.other_seconds + time.process_time() - began
         forget_checkpoints(output)
         return {**about, **figures, "drawings": rounded(drawings), "processor_seconds_of_measuring": round(spent, 1)}
 
@@ -190,8 +199,7 @@ class Case:
         with torch.no_grad():
             through = torch.cat([pipe.vae(part).sample.float().clamp(-1, 1) for part in parts])
         error = ((through - torch.cat(parts)) / 2).square().mean(dim=(1, 2, 3))
-        about = self.options.judge or Path(self.plan.judge)
-        figures = about / "figures.json"
+        figures = Path(self.plan.judge) / "figures.json"
         write_compact(
             file,
             {
@@ -203,6 +211,16 @@ class Case:
                 "judge": json.loads(figures.read_text()) if figures.is_file() else None,
             },
         )
+
+
+def overrides_of(case: str, overrides: Sequence[str]) -> tuple[str, ...]:
+    """Return the ``key=value`` that concern a case: those without a case in front, and its own."""
+    split = [(*override.partition(":"), override) for override in overrides]
+    return tuple(
+        whole if not colon or "=" in name else rest
+        for name, colon, rest, whole in split
+        if not colon or "=" in name or name == case
+    )
 
 
 @contextmanager

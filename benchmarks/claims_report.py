@@ -87,6 +87,10 @@ def write_report(results: Path, readme: Path | None) -> None:
     cases = [load_case(folder) for folder in sorted(results.glob("*")) if (folder / "case.json").is_file()]
     if not cases:
         raise UserError(f"no run in {results}: train some with `python benchmarks/claims.py run PLAN`")
+    if readme is not None and "<!-- claims: begin -->" not in readme.read_text(encoding="utf-8"):
+        raise UserError(
+            f"{readme} has no line <!-- claims: begin -->: put one, and claims: end, where the table belongs"
+        )
     short = in_short(cases)
     lines = ["# The paper's claims, tried at small scale", "", *preamble(cases), "", *short, ""]
     for case in cases:
@@ -118,7 +122,8 @@ def load_case(folder: Path) -> Case:
             raise UserError(f"{folder}: runs of seed {seed} did not see the same samples and noise")
     if plan.base_arm not in runs:
         raise UserError(f"{folder}: no run of {plan.base_arm!r}, which all others are measured by")
-    return Case(plan, about, runs, tuple(diverged))
+    ordered = {arm: runs[arm] for arm in plan.arms if arm in runs}
+    return Case(plan, about, ordered, tuple(diverged))
 
 
 def preamble(cases: Sequence[Case]) -> list[str]:

@@ -2,8 +2,8 @@
 
     python benchmarks/memory.py --threads 2 --out benchmarks/results/memory.md
 
-Each case is a process of its own. Measured is the kernel's own high-water mark of the resident set (``ru_maxrss``),
-less what the process held once a toy picture had been drawn (and a toy trained) and so every library was loaded. It is
+Each case is a process of its own. Measured is the kernel's own high-water mark of the resident set (``VmHWM``), less
+what the process held once a toy picture had been drawn (and a toy trained) and so every library was loaded. It is
 measured twice: with the C library's allocator as it comes, which keeps what is freed for later, and told to give every
 block over 64 KiB back at once (``MALLOC_MMAP_THRESHOLD_=65536``), which leaves what is in use.
 Drawing is ``LatteFlowPipeline.__call__``; training puts together what ``train/loop.py`` does, on noise.
@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -27,6 +26,7 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 
 from latteflow import LatteFlowPipeline, LatteFlowTransformer, __version__
+from latteflow.benchmark.measure import peak_bytes
 from latteflow.evaluate.memory import LORA_RANK, inference_memory, training_memory
 from latteflow.flow.objective import layerwise_flow_loss
 from latteflow.flow.path import interpolate, target_velocity
@@ -37,6 +37,7 @@ from latteflow.models.backbones.small_qwen2_vl import small_backbone, small_proc
 from latteflow.models.context import Context
 from latteflow.models.presets import Preset, build_autoencoder, build_backbone, build_transformer, preset
 
+CPU = torch.device("cpu")
 PROMPT = "a photo of a slice of pizza on a wooden table, soft light from the left, shallow depth of field"
 CASES = (
     "draw smolvlm-256m",
@@ -117,22 +118,17 @@ def report(results: list[dict[str, Any]], options: argparse.Namespace) -> str:
     return "\n".join(lines) + "\n"
 
 
-def high_water_bytes() -> int:
-    """Return the most that this process has held in memory so far (Linux counts in KiB)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def draw(chosen: Preset, options: argparse.Namespace, *, lora: bool) -> dict[str, Any]:
     """Draw one picture with a preset."""
     processor = warm_up()
-    baseline = high_water_bytes()
+    baseline = peak_bytes(CPU)
     backbone = build_backbone(chosen, device="cpu")
     replica = build_transformer(chosen, backbone).eval()
     nn.init.normal_(replica.io[0].head.weight, std=0.02)  # else the velocity is zero
     vae = build_autoencoder(chosen.autoencoder, device="cpu")
     pipe = LatteFlowPipeline(backbone, processor, replica, vae, make_scheduler("euler"))
     pipe.set_progress_bar_config(disable=True)
-    built = high_water_bytes()
+    built = peak_bytes(CPU)
     tokens = int(pipe.encode_prompt([PROMPT]).mask.sum())
     pipe(PROMPT, num_inference_steps=options.steps, guidance_scale=4.0, generator=torch.Generator().manual_seed(0))
     predicted = inference_memory(backbone, replica, vae, prompt_tokens=tokens)
@@ -140,7 +136,7 @@ def draw(chosen: Preset, options: argparse.Namespace, *, lora: bool) -> dict[str
         "prompt_tokens": tokens,
         "baseline_bytes": baseline,
         "built_bytes": built - baseline,
-        "measured_bytes": high_water_bytes() - baseline,
+        "measured_bytes": peak_bytes(CPU) - baseline,
         "predicted": predicted.as_dict(),
     }
 
@@ -176,7 +172,7 @@ def fit(chosen: Preset, options: argparse.Namespace, *, lora: bool) -> dict[str,
     small = LatteFlowTransformer(2, 1, hidden_size=64, intermediate_size=64, num_attention_heads=2,
                                  num_key_value_heads=1, head_dim=32, mrope_section=[])  # fmt: skip
     teach(small, tokens, batch=4, steps=2)
-    baseline = high_water_bytes()
+    baseline = peak_bytes(CPU)
     backbone = build_backbone(chosen, device="cpu")
     vae = build_autoencoder(chosen.autoencoder, device="cpu")
     replica = build_transformer(chosen, dtype=torch.bfloat16 if lora else torch.float32, device="cpu")
@@ -195,7 +191,7 @@ def fit(chosen: Preset, options: argparse.Namespace, *, lora: bool) -> dict[str,
     return {
         "prompt_tokens": tokens,
         "baseline_bytes": baseline,
-        "measured_bytes": high_water_bytes() - baseline,
+        "measured_bytes": peak_bytes(CPU) - baseline,
         "predicted": predicted.as_dict(),
     }
 

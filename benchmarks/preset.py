@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from latteflow import LatteFlowPipeline, __version__
+from latteflow.benchmark.measure import peak_bytes
 from latteflow.evaluate.cost import active_parameters, cost_of_parts
 from latteflow.evaluate.memory import inference_memory
 from latteflow.flow.schedulers import make_scheduler
@@ -32,6 +32,7 @@ from latteflow.models.backbones.small_qwen2_vl import small_processor, train_tok
 from latteflow.models.context import concatenate
 from latteflow.models.presets import build_autoencoder, build_backbone, build_transformer, preset, preset_names
 
+CPU = torch.device("cpu")
 PROMPT = "a photo of a slice of pizza on a wooden table, soft light from the left, shallow depth of field"
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -51,23 +52,18 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
 
-    loaded = high_water_bytes()
+    loaded = peak_bytes(CPU)
     pipe, build_seconds = build(options)
     size = options.size or preset(options.preset).picture_size
     draw(pipe, size, 2, options.guidance)  # warm-up
     began = time.perf_counter()
     image, marks = draw(pipe, size, options.steps, options.guidance)
-    whole, peak = time.perf_counter() - began, high_water_bytes() - loaded
+    whole, peak = time.perf_counter() - began, peak_bytes(CPU) - loaded
     assert image.size == (size, size)
     page = report(pipe, options, size, {"build": build_seconds, "whole": whole, "marks": marks, "peak": peak})
     print(page)
     if options.out:
         options.out.write_text(page)
-
-
-def high_water_bytes() -> int:
-    """Return the most that this process has held in memory so far (Linux counts in KiB)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def build(options: argparse.Namespace) -> tuple[LatteFlowPipeline, float]:

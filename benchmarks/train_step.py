@@ -26,11 +26,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from memory import high_water_bytes, teach
+from memory import CPU, teach
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from latteflow import LatteFlowTransformer, __version__
+from latteflow.benchmark.measure import peak_bytes
 from latteflow.evaluate.memory import TrainingMemory, training_memory
 from latteflow.models.flops import step_flops
 from latteflow.models.presets import Preset, build_autoencoder, build_backbone, build_transformer, preset, preset_names
@@ -94,13 +95,13 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     small = LatteFlowTransformer(2, 1, hidden_size=64, intermediate_size=64, num_attention_heads=2,
                                  num_key_value_heads=1, head_dim=32, mrope_section=[])  # fmt: skip
     teach(small, options.context, batch=options.batch, steps=2)
-    baseline = high_water_bytes()
+    baseline = peak_bytes(CPU)
     chosen = cut(preset(options.preset), options.layers)
     side = latent_side(chosen, options.size)
     replica = build_transformer(chosen, dtype=torch.float32, device="cpu", sample_size=side)
     nn.init.normal_(replica.io[0].head.weight, std=0.02)  # else no layer gets a gradient
     seconds = teach(replica, options.context, batch=options.batch, steps=options.steps + 1)[1:]
-    peak = high_water_bytes() - baseline
+    peak = peak_bytes(CPU) - baseline
     rate = max(rate, matrix_rate(torch.device("cpu"), torch.bfloat16))
     with FlopCounterMode(display=False) as counter:
         teach(replica, options.context, batch=options.batch, steps=1)

@@ -51,11 +51,10 @@ def options(tmp_path, toy_set, parts, monkeypatch):
         },
         "claims": [{"line": "a", "says": "two beat one", "better": "k2", "than": "k1"}],
     }
-    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan))
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan, sort_keys=False))
     return Namespace(
         plans=[tmp_path / "plan.yaml"],
         overrides=[],
-        judge=None,
         only=None,
         threads=1,
         work=tmp_path / "work",
@@ -100,6 +99,21 @@ def test_a_plan_is_run_skipped_and_reported(options, monkeypatch, capsys):
     drawn = {file.name for file in options.results.parent.glob("*.png")}
     assert drawn == {f"claims-toy-{name}.png" for name in ("curves", "seeds", "gates")}
     assert "two beat one" in capsys.readouterr().out
+
+
+def test_overrides_may_be_of_one_case():
+    given = ["train.steps=3", "toy:data.path=c:/x", "other:data.path=y", "data.path=a:b"]
+    assert claims.overrides_of("toy", given) == ("train.steps=3", "data.path=c:/x", "data.path=a:b")
+
+
+def test_mistakes_are_named(options, stored):
+    options.only = ["k3"]
+    with pytest.raises(UserError, match="no arm 'k3'; there is k2, k1"):
+        claims.run(options)
+    readme = stored.parent / "README.md"
+    readme.write_text("nothing")
+    with pytest.raises(UserError, match="has no line"):
+        claims_report.write_report(stored, readme)
 
 
 def run_of(arm, seed, loss, **changes):

@@ -96,7 +96,18 @@ def test_command_prints_the_version():
 
 @pytest.mark.parametrize("module", ["latteflow", "latteflow.errors", "latteflow.cli.main"])
 def test_importing_loads_nothing_heavy(module, tmp_path):
-    heavy = {"torch", "torchao", "numpy", "transformers", "diffusers", "datasets", "pyarrow", "accelerate", "PIL"}
+    heavy = {
+        "torch",
+        "torchao",
+        "numpy",
+        "transformers",
+        "diffusers",
+        "datasets",
+        "pyarrow",
+        "accelerate",
+        "PIL",
+        "rich",
+    }
     done = python(f"import sys, json, {module}; print(json.dumps(sorted(sys.modules)))", tmp_path)
     assert done.returncode == 0, done.stderr
     assert heavy & set(json.loads(done.stdout)) == set()

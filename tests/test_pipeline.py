@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 
 from latteflow.errors import UserError
 from latteflow.flow.schedulers import SCHEDULERS, make_scheduler, schedule_times, set_schedule
+from latteflow.models.transformer import LatteFlowTransformer
 from latteflow.pipeline import LatteFlowPipeline
 from toys import PATCH, seeded, toy_picture, toy_pipeline
 
@@ -318,6 +320,15 @@ def test_a_callback_may_stop_the_run(pipe, monkeypatch):
     assert len(calls) == 4  # the next run is not stopped
 
 
+def test_an_autoencoder_told_to_slice_decodes_one_picture_at_a_time(pipe, monkeypatch):
+    whole = draw(pipe, num_images_per_prompt=3, output_type="pt")
+    sizes, decode = [], pipe.vae._decode
+    monkeypatch.setattr(pipe.vae, "_decode", lambda z: (sizes.append(len(z)), decode(z))[1])
+    pipe.vae.enable_slicing()
+    torch.testing.assert_close(draw(pipe, num_images_per_prompt=3, output_type="pt"), whole, rtol=0, atol=1e-5)
+    assert sizes == [1, 1, 1]
+
+
 # ---- what the backbone does
 
 
@@ -331,6 +342,19 @@ def test_the_backbone_reads_each_prompt_once_and_the_empty_one_once_for_ever(pip
     assert calls == [2, 1, 1, 1]
     draw(pipe, negative_prompt="no")
     assert calls == [2, 1, 1, 1, 1, 1]
+
+
+def test_what_diffusers_walks_all_parts_for_is_asked_once_a_call(pipe, monkeypatch):
+    asked = Counter()
+    for owner, name in ((LatteFlowPipeline, "_execution_device"), (LatteFlowTransformer, "dtype")):
+        own = getattr(owner, name).fget
+        monkeypatch.setattr(
+            owner, name, property(lambda self, own=own, name=name: (asked.update([name]), own(self))[1])
+        )
+    draw(pipe)  # reads the empty prompt too
+    asked.clear()
+    draw(pipe)
+    assert asked == {"_execution_device": 1, "dtype": 1}
 
 
 def test_another_backbones_empty_prompt_is_read_anew(pipe):

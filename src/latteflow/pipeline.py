@@ -134,17 +134,23 @@ class LatteFlowPipeline(LoraMixin, StoredPipeline):
         check_sampling(num_inference_steps, guidance_scale, guidance_interval, num_images_per_prompt)
         check_output(output_type, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
         # The context: the backbone reads each prompt once.
-        context = context or self.encode_prompt([prompt] if isinstance(prompt, str) else list(prompt or ()))
+        context = self._context_of(prompt, context)
         halves = self._both_halves(context, negative_prompt, num_images_per_prompt, guided=guidance_scale != 1.0)
 
         # The path from noise to data: one expert a step.
-        x_t = self._initial_noise(len(context) * num_images_per_prompt, height, width, generator, latents)
+        x_t = self._initial_noise(context, num_images_per_prompt, height, width, generator, latents)
         set_schedule(self.scheduler, num_inference_steps, device=x_t.device)
         x_t = self._solve(x_t, halves, Guidance(guidance_scale, *guidance_interval), callback_on_step_end)
 
         images = x_t if output_type == "latent" else self.decode(x_t, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)  # type: ignore[return-value, arg-type]
+
+    def _context_of(self, prompt: str | Sequence[str] | None, context: Context | None) -> Context:
+        """Return the context of prompts, or the caller's own, where the pipeline computes."""
+        if context is not None:
+            return context.to(self._execution_device)
+        return self.encode_prompt([prompt] if isinstance(prompt, str) else list(prompt or ()))
 
     def _both_halves(
         self,
@@ -157,7 +163,7 @@ class LatteFlowPipeline(LoraMixin, StoredPipeline):
         """Return the context of every picture; with guidance, the unconditional (or negative) half stands first."""
         if guided:
             # Picture i of either half has to stand at i of that half, so repeating comes before joining.
-            halves = (self._encode_negative(negative_prompt, len(context)), context)
+            halves = (self._encode_negative(negative_prompt, context), context)
             return concatenate([half.repeat_interleave(num_images_per_prompt) for half in halves])
         return context.repeat_interleave(num_images_per_prompt)
 
@@ -194,7 +200,8 @@ class LatteFlowPipeline(LoraMixin, StoredPipeline):
         words = self.processor(texts, padding_side="right").to(self._execution_device)
         return compute_context(self.backbone, words["input_ids"], words["attention_mask"])
 
-    def _encode_negative(self, negative_prompt: str | Sequence[str] | None, number: int) -> Context:
+    def _encode_negative(self, negative_prompt: str | Sequence[str] | None, context: Context) -> Context:
+        number = len(context)
         texts = [negative_prompt or ""] if negative_prompt is None or isinstance(negative_prompt, str) else None
         texts = list(negative_prompt) if texts is None else texts * number  # type: ignore[arg-type]
         if len(texts) != number:
@@ -202,27 +209,30 @@ class LatteFlowPipeline(LoraMixin, StoredPipeline):
         if any(texts):
             return self.encode_prompt(texts)
         # The empty prompt's context is kept across calls, as long as the same backbone stands where it stood.
-        key = (id(self.backbone), self.backbone.dtype, self._execution_device)
+        key = (id(self.backbone), self.backbone.dtype, context.mask.device)
         if key not in self._unconditional:
             self._unconditional = {key: self.encode_prompt([""])}
         return self._unconditional[key].repeat_interleave(number)
 
     def _initial_noise(
         self,
-        number: int,
+        context: Context,
+        num_images_per_prompt: int,
         height: int,
         width: int,
         generator: torch.Generator | Sequence[torch.Generator] | None,
         latents: torch.Tensor | None,
     ) -> torch.Tensor:
         """Return where the paths start: noise, or the caller's own."""
+        # The context stands where the pipeline computes: diffusers walks all parts to tell that, at every question.
+        number, device = len(context) * num_images_per_prompt, context.mask.device
         factor = self.vae.spatial_compression_ratio
         shape = (self.transformer.config.latent_channels, height // factor, width // factor)
         if latents is not None:
             if tuple(latents.shape) != (number, *shape):
                 raise UserError(f"latents have shape {tuple(latents.shape)}: this call needs {(number, *shape)}")
-            return latents.to(self._execution_device, torch.float32)
-        return initial_noise(shape, number, generator).to(self._execution_device)
+            return latents.to(device, torch.float32)
+        return initial_noise(shape, number, generator).to(device)
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor, output_type: str = "pil") -> list[Image.Image] | np.ndarray | torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -125,3 +126,10 @@ def test_products_are_those_of_the_call_and_no_others(monkeypatch):
     products(5)
     assert len(seen) == len(products) == 2
     assert seen[1][1].data_ptr() == model[3].weight.data_ptr()
+
+
+def test_programs_read_peaks_in_one_way():
+    """A child's ``ru_maxrss`` begins with its parent's."""
+    programs = list((Path(__file__).parents[2] / "benchmarks").glob("*.py"))
+    assert len(programs) > 5
+    assert [file.name for file in programs if "getrusage" in file.read_text(encoding="utf-8")] == []

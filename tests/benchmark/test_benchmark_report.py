@@ -18,6 +18,8 @@ from latteflow.benchmark.paper import Row
 from latteflow.benchmark.report import Page, Settings, large, seconds, spread, table
 from latteflow.benchmark.whole import Whole
 from latteflow.errors import UserError
+from latteflow.models.compilation import compile_groups, runs_compiled
+from toys import toy_pipeline
 
 SETTINGS = Settings(CPU, torch.bfloat16, 2)
 LIMITS = Limits(matrix_rate=1e9, copy_bandwidth=2e9, read_bandwidth=1e9)
@@ -99,6 +101,8 @@ def test_a_page_says_its_conditions():
     assert "2 threads. Load average before the run: 0.2 " in text
     assert "the page took 61 s" in text
     assert "--quick" not in text
+    text = Page("x", "Title", "How.", "Body.", torch.float32).text(SETTINGS, load=0.25, seconds=61)
+    assert "--threads 2 --dtype float32 --device cpu" in text
     quick = Page("x", "Title", "How.", "Body.").text(Settings(CPU, torch.float32, 1, quick=True), load=0, seconds=1)
     assert "for a look, not figures to quote" in quick
 
@@ -178,15 +182,65 @@ def test_curves_measure_every_point_in_turns(monkeypatch):
     assert "| K = 4 | 64 | 1.00 | 1.00 to 1.00 (1) |" in page.body
 
 
-def test_limits_and_fresh_processes_and_the_embedded_model(monkeypatch):
+def test_limits_and_fresh_processes(monkeypatch):
     quick = Settings(CPU, torch.float32, 1, steps=2, quick=True)
     assert "FLOP/s, weights at" in limits_page(quick).body
     monkeypatch.setattr(startup, "run_once", lambda command: float(len(command)))
     text = startup.startup_page(quick, lambda message: None).body
     assert "| fresh process to PNG beyond `import torch, diffusers, transformers` | 6.00 |" in text
-    text = emoji.emoji_page(quick, lambda message: None).body
-    assert "| K = 1 (Vanilla), batch 16 |" in text
-    assert "| one picture over its own bare matrix products |" in text
+
+
+class TestEmoji:
+    QUICK = Settings(CPU, torch.bfloat16, 1, steps=2, quick=True)
+
+    @pytest.fixture(autouse=True)
+    def small(self, monkeypatch):
+        monkeypatch.setattr(emoji, "BATCHES", (1, 2))
+        torch._dynamo.reset()
+        yield
+        torch._dynamo.reset()
+
+    def page(self, monkeypatch, backend):
+        monkeypatch.setattr(emoji, "compile_groups", lambda replica: compile_groups(replica, backend=backend))
+        return emoji.emoji_page(self.QUICK, lambda message: None)
+
+    def test_cases_take_turns_compiled_and_as_they_are_over_the_same_products(self, monkeypatch):
+        page = self.page(monkeypatch, "eager")
+        for case in ("K = 4, batch 1", "K = 4, compiled, batch 1", "K = 1 (Vanilla), batch 2", emoji.BARE):
+            assert f"| {case} |" in page.body
+        assert "| the same, compiled |" in page.body
+        assert "Compiled is after `pipe.compile()`" in page.made
+        assert "--dtype float32 " in page.text(self.QUICK, load=0.0, seconds=1.0)
+
+    def test_without_a_compiler_there_is_no_such_case(self, monkeypatch):
+        def broken(*_):
+            raise RuntimeError("no compiler")
+
+        page = self.page(monkeypatch, broken)
+        assert "compiled" not in page.body
+        assert "There is no compiler on this machine." in page.made
+
+    def test_the_twin_holds_the_same_weights_and_leaves_the_model_as_it_is(self, monkeypatch):
+        monkeypatch.setattr(emoji, "compile_groups", lambda replica: compile_groups(replica, backend="eager"))
+        replica = toy_pipeline(2).transformer
+        twin = emoji.compiled_twin_of(replica)
+        assert runs_compiled(twin)
+        assert not runs_compiled(replica)
+        assert [p.data_ptr() for p in twin.parameters()] == [p.data_ptr() for p in replica.parameters()]
+
+    def test_ratios_are_of_medians_and_of_the_shortest(self):
+        times = {
+            "K = 4, batch 1": Timing((1.0, 2.0, 4.0)),
+            "K = 4, compiled, batch 1": Timing((1.0, 1.0, 1.0)),
+            "K = 1 (Vanilla), batch 1": Timing((8.0, 8.0, 8.0)),
+            "K = 4, batch 16": Timing((16.0, 32.0, 64.0)),
+            emoji.BARE: Timing((0.5, 1.0, 4.0)),
+        }
+        text = emoji.body(times, "K = 4")
+        assert "| K = 4, batch 16 | 32.00 | 16.00 to 64.00 (3) | 16.00 | 2.00 |" in text
+        assert "| one picture over its own bare matrix products | 2.00x | 2.00x |" in text
+        assert "| the same, compiled | 1.00x | 2.00x |" in text
+        assert "| Vanilla (K = 1) over one expert a step, one picture | 4.00x | 8.00x |" in text
 
 
 def test_a_failed_process_is_one_line():

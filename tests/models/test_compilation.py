@@ -11,6 +11,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 from latteflow.errors import UserError
+from latteflow.models.compilation import runs_compiled
 from toys import toy_pipeline
 
 CLOSE = {"rtol": 0, "atol": 1e-4}
@@ -32,12 +33,14 @@ def fresh_compiler():
 def test_one_graph_serves_all_groups(mode):
     pipe = toy_pipeline(2, residual_attention=mode)
     plain = draw(pipe)
+    assert not runs_compiled(pipe.transformer)
     counter = CompileCounter()
     pipe.compile(backend=counter)
     torch.testing.assert_close(draw(pipe), plain, **CLOSE)
     assert counter.frame_count == 1
     draw(pipe)
     assert counter.frame_count == 1
+    assert runs_compiled(pipe.transformer)
 
 
 def test_prompts_and_pictures_of_other_sizes_draw_the_same_too():
@@ -76,6 +79,7 @@ def test_what_cannot_be_compiled_runs_as_it_is_with_one_warning(caplog):
     assert len(said) == 1
     assert "the groups cannot be compiled here" in said[0]
     assert "\n" not in said[0]
+    assert not runs_compiled(pipe.transformer)
 
 
 def test_gradients_go_past_the_compiled_groups():

@@ -31,7 +31,7 @@ class Settings:
     @property
     def dtype_name(self) -> str:
         """Such as bfloat16."""
-        return str(self.dtype).removeprefix("torch.")
+        return _name_of(self.dtype)
 
     def rounds(self, number: int) -> int:
         """Return how often to measure: ``number``, or 2 for a look."""
@@ -48,6 +48,8 @@ class Page:
     made: str
     """How the numbers were made, one sentence or two; the README of the results repeats it."""
     body: str
+    dtype: torch.dtype | None = None
+    """That it was measured in, where it is not the settings' own."""
 
     def text(self, settings: Settings, *, load: float, seconds: float) -> str:
         """Return the whole page.
@@ -58,7 +60,9 @@ class Page:
             seconds: that the measurement took.
         """
         command = f"latteflow benchmark {self.name} --steps {settings.steps} --threads {settings.threads}"
-        command += f" --dtype {settings.dtype_name} --device {settings.device}" + (" --quick" if settings.quick else "")
+        command += f" --dtype {_name_of(self.dtype or settings.dtype)} --device {settings.device}" + (
+            " --quick" if settings.quick else ""
+        )
         lines = [
             f"# {self.title}",
             f"`{command}`",
@@ -69,6 +73,10 @@ class Page:
             self.body,
         ]
         return "\n\n".join(lines) + "\n"
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def conditions(settings: Settings) -> str:

@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
+
 from latteflow.benchmark.measure import Timing
 from latteflow.benchmark.report import Page, Settings, seconds, spread, table
 from latteflow.errors import UserError
@@ -77,4 +79,4 @@ def startup_page(settings: Settings, watch: Callable[[str], object]) -> Page:
         "are shown."
     )
     body = table(("process", "s", "10% to 90% (times)"), rows) + "\n\n" + table(("difference of medians", "s"), beyond)
-    return Page("startup", "From nothing to a picture", made, body)
+    return Page("startup", "From nothing to a picture", made, body, torch.float32)

@@ -11,6 +11,7 @@ import typer
 
 from latteflow.cli.model import (
     DEFAULT_MODEL,
+    CompileOption,
     DeviceOption,
     DtypeOption,
     ModelOption,
@@ -34,6 +35,7 @@ def chat(
     steps: Annotated[int, typer.Option(help="Calls of the network a picture.")] = 40,
     guidance: Annotated[float, typer.Option(help="1 is none; higher follows the words more closely.")] = 4.0,
     max_new_tokens: Annotated[int, typer.Option(help="Where a long answer is cut.")] = 512,
+    compiled: CompileOption = False,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     quantize: QuantizeOption = None,
@@ -46,7 +48,7 @@ def chat(
     if not 1 <= max_new_tokens <= 4096:
         raise UserError(f"--max-new-tokens has to be 1 to 4096: got {max_new_tokens}")
     record = {"steps": steps, "guidance": guidance, "model": model, **asked_weights(dtype, quantize)}
-    talk = _Talk(load_pipeline(model, device, dtype, quantize), out, record, seed)
+    talk = _Talk(load_pipeline(model, device, dtype, quantize, compiled=compiled), out, record, seed)
     if sys.stdin.isatty():
         print(_HELP)
     for line in _lines():

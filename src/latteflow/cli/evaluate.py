@@ -9,7 +9,14 @@ from typing import Annotated, Any
 import typer
 
 from latteflow.cli.evaluated import print_comparison, print_embedded, print_figures
-from latteflow.cli.model import DEFAULT_MODEL, DeviceOption, DtypeOption, QuantizeOption, load_pipeline
+from latteflow.cli.model import (
+    DEFAULT_MODEL,
+    CompileOption,
+    DeviceOption,
+    DtypeOption,
+    QuantizeOption,
+    load_pipeline,
+)
 from latteflow.errors import UserError
 
 
@@ -40,6 +47,7 @@ def evaluate(
     compare: Annotated[
         tuple[Path, Path] | None, typer.Option(help="Two evaluation.json, side by side.", metavar="A.json B.json")
     ] = None,
+    compiled: CompileOption = False,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     quantize: QuantizeOption = None,
@@ -68,6 +76,7 @@ def evaluate(
         "device": device,
         "dtype": dtype,
         "quantize": quantize,
+        "compile": compiled or None,
     }
     _run(target or DEFAULT_MODEL, overrides or [], _given(options), as_json=as_json)
 
@@ -86,7 +95,7 @@ def _run(target: str, overrides: list[str], options: dict[str, Any], *, as_json:
     from latteflow.evaluate.evaluation_recipe import is_recipe, load_evaluation
 
     recipe = load_evaluation(target, overrides, options)
-    pipe = load_pipeline(recipe.model, recipe.device, recipe.dtype, recipe.quantize)
+    pipe = load_pipeline(recipe.model, recipe.device, recipe.dtype, recipe.quantize, compiled=recipe.compile)
     from rich.console import Console
 
     from latteflow.evaluate.inputs import require_inputs

@@ -9,6 +9,7 @@ import typer
 
 from latteflow.cli.model import (
     DEFAULT_MODEL,
+    CompileOption,
     DeviceOption,
     DtypeOption,
     ModelOption,
@@ -39,7 +40,7 @@ def generate(
     scheduler: Annotated[str | None, typer.Option(help="euler, heun, dpm++ or unipc; left out, the model's.")] = None,
     grid: Annotated[bool, typer.Option("--grid", help="All pictures in one file, a row a prompt.")] = False,
     scale: Annotated[int, typer.Option(help="Enlarge the pixels this many times.")] = 1,
-    compiled: Annotated[bool, typer.Option("--compile", help="torch.compile: worth its minute for many.")] = False,
+    compiled: CompileOption = False,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     quantize: QuantizeOption = None,
@@ -47,13 +48,11 @@ def generate(
     """Draw pictures from prompts."""
     _check(prompts, out, seed, num_images, scale)
     files = [out] if grid else _files(out, len(prompts) * num_images)
-    pipe = load_pipeline(model, device, dtype, quantize)
+    pipe = load_pipeline(model, device, dtype, quantize, compiled=compiled)
     if scheduler is not None:
         from latteflow.flow.schedulers import make_scheduler
 
         pipe.scheduler = make_scheduler(scheduler)
-    if compiled:
-        pipe.compile()
     import torch
 
     pipe.set_progress_bar_config(disable=None)  # shown on a terminal alone

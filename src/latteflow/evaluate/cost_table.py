@@ -158,8 +158,8 @@ def cost_page(rows: Sequence[CostRow], prompt_tokens: int = PROMPT_TOKENS) -> st
         "",
         f"{side}x{side}, {rows[0].steps} steps, guided (two sequences a step), a prompt of {prompt_tokens} tokens, "
         "bfloat16. Vanilla is the same model with K = 1: all layers at every step. Nothing here is measured: "
-        "parameters are counted and operations reckoned on the meta device, without weights. G is 10^9, a "
-        "multiply-add two operations.",
+        "parameters are counted and operations reckoned on the meta device, without weights. G is 10^9, a multiply-add "
+        "two operations.",
         "",
         "| " + " | ".join(_COLUMNS) + " |",
         "|" + " --- |" * len(_COLUMNS),

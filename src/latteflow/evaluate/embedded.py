@@ -21,6 +21,7 @@ from latteflow.data.captioned import CaptionedImages, load_captioned_images
 from latteflow.errors import UserError
 from latteflow.evaluate.fidelity import Fidelity
 from latteflow.models.answers import greedy_answers
+from latteflow.models.compilation import runs_compiled
 from latteflow.models.quantization import quantization_of
 from latteflow.pipeline import LatteFlowPipeline
 from latteflow.train.autoencoder import mean_psnr
@@ -96,6 +97,7 @@ def evaluate_embedded(
     results |= _over_seeds([one(seed, guidance_scale) for seed in seeds], real)
     if also_without_guidance and guidance_scale != 1:
         results["without_guidance"] = _over_seeds([one(seed, 1.0) for seed in seeds], real)
+    results["conditions"]["compiled"] = runs_compiled(pipe.transformer)  # known once it has drawn
     return results
 
 

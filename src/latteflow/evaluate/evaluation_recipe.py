@@ -124,6 +124,8 @@ class EvaluationRecipe(Section):
     dtype: str | None = None
     """Of the weights; left out, float32 on the CPU and for embedded models, else bfloat16."""
     quantize: str | None = None
+    compile: bool = False
+    """Groups run compiled: worth it for many pictures."""
     data: DataSection = DataSection()
     sampling: SamplingSection = SamplingSection()
     network: NetworkSection = NetworkSection()

@@ -30,6 +30,7 @@ from latteflow.evaluate.samples import Samples, SampleWork, balanced, draw_sampl
 from latteflow.evaluate.scorers import score_dpg, score_geneval
 from latteflow.evaluate.text_to_image import Drawing, draw_dpg, draw_geneval, read_dpg_prompts, read_geneval_prompts
 from latteflow.evaluate.understanding import heldout_understanding
+from latteflow.models.compilation import runs_compiled
 from latteflow.models.embedded import resolve_model
 from latteflow.models.quantization import quantization_of
 from latteflow.pipeline import LatteFlowPipeline
@@ -115,7 +116,11 @@ def run_evaluation(
         "model": recipe.model,
         "date": began,
         "seconds": seconds,
-        "environment": {**environment_of(pipe.device), "weights": _weights(pipe)},
+        "environment": {
+            **environment_of(pipe.device),
+            "compiled": runs_compiled(pipe.transformer),
+            "weights": _weights(pipe),
+        },
         "config": resolved(recipe),
         "figures": [figure.model_dump() for figure in found],
         "results": results,

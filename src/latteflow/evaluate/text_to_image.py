@@ -66,7 +66,7 @@ def draw_prompt(pipe: LatteFlowPipeline, prompt: str, pictures: int, drawing: Dr
         drawing: in which way.
     """
     generators = [torch.Generator().manual_seed(picture_seed(drawing.seed, prompt, i)) for i in range(pictures)]
-    return pipe(
+    images = pipe(
         prompt,
         num_images_per_prompt=pictures,
         generator=generators,
@@ -75,6 +75,7 @@ def draw_prompt(pipe: LatteFlowPipeline, prompt: str, pictures: int, drawing: Dr
         height=drawing.height,
         width=drawing.width,
     ).images
+    return list(images)
 
 
 def read_geneval_prompts(file: Path) -> list[dict[str, Any]]:

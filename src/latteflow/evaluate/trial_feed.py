@@ -42,7 +42,8 @@ class TrialFeed(MemoryFeed):
         self, images: CaptionedImages, heldout: CaptionedImages, captions_per_image: int, wording: Wording, cache: Path
     ) -> None:
         super().__init__(images, heldout, 1 if wording == "classes" else captions_per_image, seed=0)
-        self.wording, self.cache = wording, cache
+        self.wording: Wording = wording
+        self.cache = cache
         self.channels: tuple[list[float], list[float]] | None = None
         self.identity: str | None = None
         self.ready = False

@@ -74,7 +74,14 @@ class TrialStage(GeneratorStage):
         # From the seed once more: what has no counterpart in the backbone starts alike in all arms of a seed.
         torch.manual_seed(seed)
         replica.initialize_additions()
-        self.reading_seconds = 0.0
+        self.other_seconds = 0.0
+        """Processor time that was not training's."""
+
+    def to(self, device: torch.device) -> None:
+        """Prepare as the stage does; what the first run computes for all is not its training's time."""
+        began = time.process_time()
+        super().to(device)
+        self.other_seconds += time.process_time() - began
 
     def _strata(self, batch_size: int, seed: int, step: int) -> torch.Tensor:
         number = self.pipe.transformer.config.num_layers  # which every K divides
@@ -92,7 +99,7 @@ class TrialStage(GeneratorStage):
         """Return the losses that ``readings`` returns; the processor time that it takes is not the run's."""
         began = time.process_time()
         found = self.readings()
-        self.reading_seconds += time.process_time() - began
+        self.other_seconds += time.process_time() - began
         return found
 
     @torch.no_grad()
@@ -223,7 +230,6 @@ def run_trial(
     curve = Curve(output / "curve.json", stage, stage.flops_per_sample() * settings.batch_size)
 
     def note(progress: Progress) -> None:
-        watch(progress)
         losses = {
             name.removeprefix("validation/"): value
             for name, value in progress.figures.items()
@@ -231,6 +237,7 @@ def run_trial(
         }
         if losses:
             curve.note(progress.step, progress.first, losses)
+        watch(progress)
 
     final = train(recipe, stage, watch=note)
     trained = LatteFlowTransformer.from_pretrained(final / "transformer", use_safetensors=True)
@@ -254,7 +261,7 @@ class Curve:
 
     Args:
         file: JSON, written at every reading.
-        stage: whose readings take processor time that is not training's.
+        stage: it knows the processor time that is not training's.
         flops: training operations a step.
     """
 
@@ -267,7 +274,7 @@ class Curve:
     def note(self, step: int, first: int, losses: Mapping[str, float]) -> None:
         """Add a reading of a run that began, or went on, at step ``first``."""
         before = max((row["processor_seconds"] for at, row in self.rows.items() if at <= first), default=0.0)
-        spent = before + time.process_time() - self.began - self.stage.reading_seconds
+        spent = before + time.process_time() - self.began - self.stage.other_seconds
         row = {"step": step, "flops": self.flops * step, "processor_seconds": round(spent, 2)}
         self.rows[step] = {**row, **{name: round(value, 6) for name, value in losses.items()}}
         write_json(self.file, [self.rows[at] for at in sorted(self.rows)])

@@ -36,6 +36,12 @@ def compile_groups(transformer: LatteFlowTransformer, **settings: Any) -> None:
     transformer._through = _CompiledOrEager(transformer._through, settings)  # type: ignore[method-assign]
 
 
+def runs_compiled(transformer: LatteFlowTransformer) -> bool:
+    """Return whether groups run compiled: not where nobody asked for it, nor where compiling has failed."""
+    through = transformer._through
+    return isinstance(through, _CompiledOrEager) and through.call is not through.eager
+
+
 class _CompiledOrEager:
     """A function that is compiled, until compiling fails."""
 

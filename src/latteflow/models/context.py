@@ -6,7 +6,7 @@ Words never see latents, so nothing in the context depends on t. Group k reads i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,23 +33,51 @@ class Context:
     """bool (B, T), true where there is a token."""
     next_position: torch.Tensor
     """int64 (B,), the first rotary position after each prompt."""
+    first_layer: int = 0
+    """The backbone layer that stands first in ``keys`` and ``values``: whoever runs one group needs no other layers."""
 
     def __len__(self) -> int:
         return len(self.mask)
 
     def layer(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return keys and values of one backbone layer, each (B, key/value heads, T, head_dim)."""
-        return self.keys[:, number], self.values[:, number]
+        return self.keys[:, number - self.first_layer], self.values[:, number - self.first_layer]
+
+    def of_layers(self, numbers: range) -> Context:
+        """Return the context of some backbone layers alone, in a row."""
+        these = slice(numbers.start - self.first_layer, numbers.stop - self.first_layer)
+        return replace(self, keys=self.keys[:, these], values=self.values[:, these], first_layer=numbers.start)
 
     def select(self, index: torch.Tensor) -> Context:
         """Return the context of prompts ``index``, int64 or bool (B,)."""
-        return Context(self.keys[index], self.values[index], self.mask[index], self.next_position[index])
+        return replace(
+            self,
+            keys=self.keys[index],
+            values=self.values[index],
+            mask=self.mask[index],
+            next_position=self.next_position[index],
+        )
 
     def trim(self) -> Context:
         """Return the context without the columns at the end that are padding in every prompt."""
         longest = int(self.mask.sum(-1).max())
-        return Context(
-            self.keys[..., :longest, :], self.values[..., :longest, :], self.mask[:, :longest], self.next_position
+        return replace(
+            self,
+            keys=self.keys[..., :longest, :],
+            values=self.values[..., :longest, :],
+            mask=self.mask[:, :longest],
+        )
+
+    def padded_to(self, tokens: int) -> Context:
+        """Return the context with T ``tokens``, no fewer than it has: padding is added at the end."""
+        missing = tokens - self.mask.shape[1]
+        if missing == 0:
+            return self
+        return replace(
+            self,
+            keys=nn.functional.pad(self.keys, (0, 0, 0, missing)),
+            values=nn.functional.pad(self.values, (0, 0, 0, missing)),
+            mask=nn.functional.pad(self.mask, (0, missing)),
         )
 
     def repeat_interleave(self, times: int) -> Context:
@@ -59,28 +87,25 @@ class Context:
     def to(self, *args: Any, **kwargs: Any) -> Context:
         """Move to a device, or bring keys and values to a dtype, as ``Tensor.to`` does."""
         keys = self.keys.to(*args, **kwargs)
-        return Context(
-            keys,
-            self.values.to(*args, **kwargs),
-            self.mask.to(keys.device),
-            self.next_position.to(keys.device),
+        return replace(
+            self,
+            keys=keys,
+            values=self.values.to(*args, **kwargs),
+            mask=self.mask.to(keys.device),
+            next_position=self.next_position.to(keys.device),
         )
 
 
 def concatenate(contexts: Sequence[Context]) -> Context:
-    """Return one context of all prompts, padded to the longest."""
+    """Return one context of all prompts, padded to the longest; all are of the same layers."""
     longest = max(context.mask.shape[1] for context in contexts)
-
-    def padded(x: torch.Tensor, axis: int) -> torch.Tensor:
-        missing = longest - x.shape[axis]
-        after = (0, 0) * (x.ndim - 1 - axis)
-        return nn.functional.pad(x, (*after, 0, missing))
-
-    return Context(
-        torch.cat([padded(context.keys, 3) for context in contexts]),
-        torch.cat([padded(context.values, 3) for context in contexts]),
-        torch.cat([padded(context.mask, 1) for context in contexts]),
-        torch.cat([context.next_position for context in contexts]),
+    padded = [context.padded_to(longest) for context in contexts]
+    return replace(
+        padded[0],
+        keys=torch.cat([context.keys for context in padded]),
+        values=torch.cat([context.values for context in padded]),
+        mask=torch.cat([context.mask for context in padded]),
+        next_position=torch.cat([context.next_position for context in padded]),
     )
 
 

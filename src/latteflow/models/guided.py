@@ -29,6 +29,7 @@ class GuidedVelocity:
         self.transformer, self.guidance = transformer, guidance
         self.cache = SamplingCache(times)
         self.context = context
+        self._dtype = transformer.dtype  # asked once: diffusers walks all modules to tell it
 
     @cached_property
     def conditional(self) -> Context:
@@ -47,4 +48,4 @@ class GuidedVelocity:
         return guide(v_conditional, v_unconditional, self.guidance.scale)
 
     def _expert(self, x_t: torch.Tensor, t: float, context: Context) -> torch.Tensor:
-        return self.transformer(x_t.to(self.transformer.dtype), t, context, self.cache).to(x_t.dtype)
+        return self.transformer(x_t.to(self._dtype), t, context, self.cache).to(x_t.dtype)

@@ -58,14 +58,11 @@ class SamplingCache:
     def surroundings(
         self, transformer: LatteFlowTransformer, group: int, context: Context, rows: int, columns: int
     ) -> Surroundings:
-        """Return what ``transformer.surroundings`` does, and what prompts add; no context is looked at twice."""
+        """Return ``whole_surroundings``; no context is looked at twice."""
         key = (id(context), group, rows, columns)
         if key not in self._surroundings:
-            around = transformer.surroundings(group, context, rows, columns)
-            layers = [transformer.layers[number] for number in transformer.layers_of(group)]
-            prompt = [layer.prompt_of(words, around.mask) for layer, words in zip(layers, around.context, strict=True)]
             # The context is kept, so that no other can get its id.
-            self._surroundings[key] = (context, around._replace(prompt=prompt))
+            self._surroundings[key] = (context, whole_surroundings(transformer, group, context, rows, columns))
         return self._surroundings[key][1]
 
     def moment(self, transformer: LatteFlowTransformer, group: int, t: float, device: torch.device) -> Moment:
@@ -83,14 +80,37 @@ class SamplingCache:
         # A product of one row goes another way in CPU libraries, where the weights' place in memory decides the bits.
         rows = list(times) * (2 if len(times) == 1 else 1)
         time = io.time_embedding(torch.tensor(rows, dtype=torch.float32, device=device))
-        layers = [transformer.layers[number].modulation_of(time) for number in transformer.layers_of(group)]
-        shift, scale = io.modulation_of(time)
-        return [
-            Moment([_row(layer, i) for layer in layers], (shift[i : i + 1], scale[i : i + 1]))
-            for i in range(len(times))
-        ]
+        layers = [_rows(transformer.layers[number].modulation_of(time)) for number in transformer.layers_of(group)]
+        shift, scale = (part.split(1) for part in io.modulation_of(time))
+        return [Moment([layer[i] for layer in layers], (shift[i], scale[i])) for i in range(len(times))]
 
 
-def _row(modulation: Modulation, i: int) -> Modulation:
+def whole_surroundings(
+    transformer: LatteFlowTransformer, group: int, context: Context, rows: int, columns: int
+) -> Surroundings:
+    """Return what ``transformer.surroundings`` does, and what the prompts add."""
+    around = transformer.surroundings(group, context, rows, columns)
+    layers = [transformer.layers[number] for number in transformer.layers_of(group)]
+    prompt = [layer.prompt_of(words, around.mask) for layer, words in zip(layers, around.context, strict=True)]
+    return around._replace(prompt=prompt)
+
+
+def joined(moments: Sequence[Moment]) -> Moment:
+    """Return the moment of samples that are each at a t of their own, of moments that ``SamplingCache`` made."""
+    if all(moment is moments[0] for moment in moments):
+        return moments[0]  # of one sample, and broadcast
+    layers = [_joined(modulations) for modulations in zip(*(moment.layers for moment in moments), strict=True)]
+    shift, scale = (torch.cat(parts) for parts in zip(*(moment.out for moment in moments), strict=True))
+    return Moment(layers, (shift, scale))
+
+
+def _joined(modulations: Sequence[Modulation]) -> Modulation:
+    *scales, gates = zip(*modulations, strict=True)
+    return Modulation(*map(torch.cat, scales), gate=None if gates[0] is None else torch.cat(gates))
+
+
+def _rows(modulation: Modulation) -> list[Modulation]:
+    """Return what is done at each of the times."""
     *scales, gate = modulation
-    return Modulation(*(part[i : i + 1] for part in scales), gate=None if gate is None else gate[i : i + 1])
+    gates = [None] * len(scales[0]) if gate is None else gate.split(1)
+    return [Modulation(*parts) for parts in zip(*(part.split(1) for part in scales), gates, strict=True)]

@@ -264,6 +264,11 @@ class LatteFlowTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         else:
             around = cache.surroundings(self, group, context, rows, columns)
             moment = cache.moment(self, group, t, x_t.device)
+        return self.step(group, x_t, around, moment)
+
+    def step(self, group: int, x_t: torch.Tensor, around: Surroundings, moment: Moment) -> torch.Tensor:
+        """Run one group where all around the latents is known; ``moment`` may hold another t for each sample."""
+        self.enter_group(group)
         layers = [self.layers[number] for number in self.layers_of(group)]
         return self._through(layers, self.io_of(group), x_t, around, moment)
 

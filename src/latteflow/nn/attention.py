@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from einops import rearrange
 from torch import nn
 
 from latteflow.nn.norm import RMSNorm
@@ -69,7 +68,7 @@ class Attention(nn.Module):
             (B, N, hidden_size) and this layer's map, None where maps are not carried.
         """
         query, key, value = (
-            rearrange(project(x), "b n (h d) -> b h n d", d=self.head_dim)
+            project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, heads, N, head_dim)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         query, key = rotate(self.q_norm(query), *rotary), rotate(self.k_norm(key), *rotary)
@@ -86,4 +85,4 @@ class Attention(nn.Module):
             gate=gate,
             previous_map=previous_map,
         )
-        return self.o_proj(rearrange(out, "b h n d -> b n (h d)")), attention_map
+        return self.o_proj(out.transpose(1, 2).flatten(2)), attention_map
