@@ -75,10 +75,12 @@ def test_a_model_leaves_a_report_where_models_usually_do(latteflow, model, toy_s
 def test_two_evaluations_are_compared(latteflow, model, tmp_path):
     one = evaluation(latteflow, tmp_path, "one")
     alike = evaluation(latteflow, tmp_path, "alike")
+    longer = evaluation(latteflow, tmp_path, "longer", "--steps", 5)
     other = evaluation(latteflow, tmp_path, "other", "--steps", 5, "--dtype", "bfloat16")
     outcome = latteflow("evaluate", "--compare", one, alike)
     assert outcome.code == 0, outcome.err
     assert "10 of 10 figures can be compared" in outcome.out
+    assert "9 of 10 figures" in latteflow("evaluate", "--compare", one, longer).out  # of which one depends on steps
     outcome = latteflow("evaluate", "--compare", one, other)
     assert "0 of 10 figures can be compared" in outcome.out
     assert "not comparable: dtype float32 / bfloat16, steps 2 / 5" in outcome.out
@@ -114,7 +116,7 @@ def test_the_cost_page_names_its_command(latteflow):
         (["evaluation.yaml", "sampling.stesp=3"], "did you mean 'steps'?"),
         (["evaluation.yaml", "--steps", "0"], "sampling.steps: Input should be greater than or equal to 1"),
         (["evaluation.yaml", "--guidance", "0"], "sampling.guidance_scale"),
-        (["evaluation.yaml", "--seeds", "0"], "--drawings and --seeds have to be 1 or more"),
+        (["evaluation.yaml", "--seeds", "0"], "--seeds has to be 1 or more: got 0"),
         (["evaluation.yaml", "measures=[embedded]"], "no data set in data/emoji"),
         (["evaluation.yaml", *FIDELITY], "no reference no.npz: give an .npz file"),
         (["evaluation.yaml", "--inception", "no.pth", "fidelity.number=3000", *FIDELITY], "no file no.pth"),
@@ -122,7 +124,8 @@ def test_the_cost_page_names_its_command(latteflow):
         (["--compare", "other.json", "other.json"], "other.json is no evaluation.json of this version"),
         (["--compare", "no.json", "other.json"], "no.json cannot be read"),
         (["emoji-64", "--compare", "a.json", "b.json"], "leave 'emoji-64' out"),
-        (["--cost", "--compare", "a.json", "b.json"], "give --cost or --compare, not both"),
+        (["--cost", "--compare", "a.json", "b.json"], "give one of them"),
+        (["--cost", "--steps", "3"], "no other option but --json"),
         (["--cost", "gpt-5"], "no preset 'gpt-5'"),
     ],
 )

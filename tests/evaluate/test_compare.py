@@ -23,6 +23,14 @@ def test_differences_of_what_is_alike():
     assert rows(figure(value=2e6, unit="parameters"), figure(value=1e6, unit="parameters"))[0].verdict == "-1M"
 
 
+def test_a_difference_within_the_seeds_is_said():
+    one = figure(value=0.5, lowest=0.4, highest=0.6)
+    [row] = rows(one, figure(value=0.6, lowest=0.55, highest=0.7))
+    assert row.verdict == "+10.0 points, spreads overlap"
+    [row] = rows(one, figure(value=0.7, lowest=0.65, highest=0.8))
+    assert row.verdict == "+20.0 points"
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [

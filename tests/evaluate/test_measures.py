@@ -129,10 +129,21 @@ def test_figures_say_what_they_depend_on(evaluated):
     assert distance.value == record.results["fidelity"]["guidance 4"]["FD-Toy"]["value"]
     assert {"network": "Toy, 8 pixels", "samples": 8, "reference_samples": 20}.items() <= distance.conditions.items()
     assert figures(record, "fidelity", "halves of the reference")["FD-Toy"].value is not None
+    costs = figures(record, "cost")
+    assert costs["operations a picture"].conditions["steps"] == 2
+    assert "steps" not in costs["operations a step"].conditions
 
 
 def test_figures_are_the_measures_own(evaluated):
     record, _, _ = evaluated
+    score = record.results["fidelity"]["guidance 4"]["IS-Toy"]
+    one = figures(record, "fidelity", "guided")["IS-Toy"]
+    assert score["splits"] > 1
+    assert (one.lowest, one.value, one.highest) == (
+        score["value"] - score["spread"],
+        score["value"],
+        score["value"] + score["spread"],
+    )
     found, drawn = record.results["embedded"], figures(record, "embedded", "guided")
     spread = found["features"]["drawn"]["frechet"]
     one = drawn["features: frechet"]
@@ -161,6 +172,7 @@ def test_the_files_hold_all_of_it(evaluated, pipe):
         "python",
         "processor",
         "commit",
+        "compiled",
         "weights",
     } <= here.keys()
     other = toys.toy_pipeline()
@@ -191,8 +203,10 @@ def test_what_is_drawn_already_is_not_drawn_again(evaluated, model, pipe, option
         raise AssertionError("drawn again")
 
     monkeypatch.setattr(LatteFlowPipeline, "__call__", drawing)
-    found, _ = run_evaluation(again, pipe)
+    said = []
+    found, _ = run_evaluation(again, pipe, said.append)
     assert found.results["fidelity"] == record.results["fidelity"]
+    assert "8 of 8 drawings, guidance 4" in said
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ from evaluation_toys import evaluation, figure
 import latteflow
 from latteflow.errors import UserError
 from latteflow.evaluate import record
-from latteflow.evaluate.record import FILE, environment_of, finite, read_evaluation, shown_number
+from latteflow.evaluate.numbers import shown_number
+from latteflow.evaluate.record import FILE, environment_of, finite, read_evaluation
 
 
 def test_what_is_written_is_read(tmp_path):
@@ -63,9 +64,11 @@ def test_a_missing_file_is_named(tmp_path):
         (0.5732, "share", "57.3%"),
         (29.345, "dB", "29.34 dB"),
         (1_840_000, "parameters", "1.84M"),
-        (97_500_000, "FLOP", "97.5M FLOP"),
+        (97_500_000, "FLOP", "97.5 MFLOP"),
         (999, "B", "999 B"),
         (0, "B", "0 B"),
+        (999_600, "parameters", "1M"),
+        (-2_000, "B", "-2 kB"),
         (12.3456, "", "12.35"),
     ],
 )
@@ -76,7 +79,8 @@ def test_numbers_are_shown_as_people_read_them(value, unit, words):
 def test_a_spread_is_shown_where_seeds_differ():
     assert figure(lowest=0.4, highest=0.6).shown == "50.0% (40.0% to 60.0%)"
     assert figure(lowest=0.5, highest=0.5).shown == "50.0%"
-    assert figure(value=None).shown == "none"
+    assert figure(value=None, why="too few").shown == "none"
+    assert figure(value=None, why="too few").told == "none: too few"
 
 
 def test_the_environment_says_versions_and_hardware():

@@ -53,22 +53,12 @@ def evaluate(
     quantize: QuantizeOption = None,
 ) -> None:
     """Measure a model, write evaluation.json and a report; or compare two, or table the costs."""
-    if cost and compare:
-        raise UserError("give --cost or --compare, not both")
-    words = [word for word in (target, *(overrides or [])) if word is not None]
-    if compare is not None:
-        if words:
-            raise UserError(f"--compare takes two files and nothing else: leave {words[0]!r} out")
-        _compare(*compare, as_json=as_json)
-        return
-    if cost:
-        _cost(words, as_json=as_json)
-        return
-    if any(number is not None and number < 1 for number in (drawings, seeds)):
-        raise UserError(f"--drawings and --seeds have to be 1 or more: got {drawings}, {seeds}")
+    for name, number in (("--drawings", drawings), ("--seeds", seeds)):
+        if number is not None and number < 1:
+            raise UserError(f"{name} has to be 1 or more: got {number}")
     sampling = {"number": drawings, "steps": steps, "guidance_scale": guidance}
     network = {} if inception is None else {"kind": "inception", "weights": str(inception)}
-    options = {
+    given = {
         "output": out,
         "data": {"path": data, "judge": judge},
         "sampling": {**sampling, "seeds": None if seeds is None else list(range(seeds))},
@@ -78,7 +68,18 @@ def evaluate(
         "quantize": quantize,
         "compile": compiled or None,
     }
-    _run(target or DEFAULT_MODEL, overrides or [], _given(options), as_json=as_json)
+    options = _given(given)
+    if (cost or compare) and (options or (cost and compare)):
+        raise UserError("--cost and --compare measure nothing: give one of them, and no other option but --json")
+    words = [word for word in (target, *(overrides or [])) if word is not None]
+    if compare is not None:
+        if words:
+            raise UserError(f"--compare takes two files and nothing else: leave {words[0]!r} out")
+        _compare(*compare, as_json=as_json)
+    elif cost:
+        _cost(words, as_json=as_json)
+    else:
+        _run(target or DEFAULT_MODEL, overrides or [], options, as_json=as_json)
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:

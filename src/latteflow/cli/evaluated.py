@@ -19,8 +19,7 @@ def print_figures(record: Evaluation) -> None:
             max(len(text) for text in texts) for texts in zip(*((one.of, one.name) for one in figures), strict=True)
         ]
         for one in figures:
-            why = f": {one.why}" if one.why else ""
-            print(f"  {one.of:<{widths[0]}}  {one.name:<{widths[1]}}  {one.shown}{why}")
+            print(f"  {one.of:<{widths[0]}}  {one.name:<{widths[1]}}  {one.told}")
 
 
 def print_comparison(comparison: Comparison, one: str, other: str) -> None:

@@ -1,4 +1,4 @@
-"""Figures as bars in SVG: text that stands in a page, so that a report needs no other file and no plotting library."""
+"""Figures as bars in HTML: rows of a table, which are read aloud, wrap on a phone, and need no plotting library."""
 
 from __future__ import annotations
 
@@ -7,38 +7,44 @@ from html import escape
 
 from latteflow.evaluate.record import Figure
 
-_WIDTH, _LEFT, _RIGHT = 640, 190, 130
-_BAR, _GAP, _TITLE = 16, 6, 30
+STYLE = """
+.bars { width: 100%; table-layout: fixed; } .bars caption { text-align: left; font-weight: 600; }
+.bars th { width: 36%; } .bars td.number { width: 28%; } small { display: block; }
+.bar div { position: relative; height: 1rem; margin-top: .25rem; } .bar b, .bar i { position: absolute; height: 100%; }
+.bar b { background: var(--bar); } .bar i { top: 50%; height: 2px; background: currentColor; }
+"""
 
 
 def bars(figures: Sequence[Figure]) -> str:
-    """Return figures of one name as horizontal bars, one a set, with a line from the lowest seed to the highest.
+    """Return figures of one name as a table: a row a set, with its bar, and a line from the lowest to the highest.
 
-    Shares are drawn on a scale from 0 to 1, others from 0 to the largest of them. Figures without a value are left out;
-    where none has one, or one is negative, nothing is drawn.
+    Shares are drawn on a scale from 0 to 1, others from 0 to the largest of them. A figure without a value says why. No
+    bars are drawn where one would be negative, or all are nothing.
 
     Args:
-        figures: alike in measure and name.
+        figures: alike in measure and name, at least one.
     """
-    drawn = [(figure, figure.value) for figure in figures if figure.value is not None]
-    largest = max((max(value, figure.highest or value) for figure, value in drawn), default=0.0)
-    if largest <= 0 or min(value for _, value in drawn) < 0:
-        return ""
-    scale = (_WIDTH - _LEFT - _RIGHT) / (1.0 if drawn[0][0].unit == "share" else largest)
-    height = _TITLE + len(drawn) * (_BAR + _GAP)
-    name = escape(drawn[0][0].name)
-    lines = [
-        f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{name}">',
-        f'<text class="title" x="0" y="18">{name}</text>',
+    ends = [end for one in figures for end in (one.value, one.lowest, one.highest) if end is not None]
+    scale = 1.0 if figures[0].unit == "share" else max(ends, default=0.0)
+    drawn = scale > 0 and min(ends, default=0.0) >= 0
+    rows = [
+        f'<tr><th scope="row">{escape(one.of)}</th><td class="bar">{_bar(one, scale) if drawn else ""}</td>'
+        f'<td class="number">{_number(one)}</td></tr>'
+        if one.value is not None
+        else f'<tr><th scope="row">{escape(one.of)}</th><td colspan="2">{escape(one.told)}</td></tr>'
+        for one in figures
     ]
-    for number, (figure, value) in enumerate(drawn):
-        top = _TITLE + number * (_BAR + _GAP)
-        middle, length = top + _BAR / 2, scale * value
-        lines.append(f'<text class="of" x="{_LEFT - 8}" y="{middle + 4:.1f}">{escape(figure.of)}</text>')
-        lines.append(f'<rect x="{_LEFT}" y="{top}" width="{length:.1f}" height="{_BAR}" rx="2"/>')
-        if figure.lowest is not None and figure.highest is not None and figure.lowest < figure.highest:
-            ends = [_LEFT + scale * end for end in (max(figure.lowest, 0.0), figure.highest)]
-            lines.append(f'<line x1="{ends[0]:.1f}" x2="{ends[1]:.1f}" y1="{middle}" y2="{middle}"/>')
-        end = _LEFT + scale * max(value, figure.highest or value) + 8
-        lines.append(f'<text x="{end:.1f}" y="{middle + 4:.1f}">{escape(figure.shown.partition(" (")[0])}</text>')
-    return "\n".join([*lines, "</svg>"])
+    return "\n".join([f'<table class="bars"><caption>{escape(figures[0].name)}</caption>', *rows, "</table>"])
+
+
+def _bar(figure: Figure, scale: float) -> str:
+    line = ""
+    if figure.lowest is not None and figure.highest is not None:
+        start, end = (100 * value / scale for value in (figure.lowest, figure.highest))
+        line = f'<i style="left:{start:.1f}%;width:{end - start:.1f}%"></i>'
+    return f'<div><b style="width:{100 * (figure.value or 0.0) / scale:.1f}%"></b>{line}</div>'
+
+
+def _number(figure: Figure) -> str:
+    spread = f"<small>{escape(figure.spread)}</small>" if figure.spread else ""
+    return escape(figure.number) + spread

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from latteflow.evaluate.record import Evaluation, Figure, shown_number
+from latteflow.evaluate.numbers import shown_number
+from latteflow.evaluate.record import Evaluation, Figure
 
 COMPARED = ("model", "device", "seeds", "seed")
 """Conditions that two comparable figures may differ in: what is compared, and what changes rounding or noise alone."""
@@ -47,10 +48,17 @@ class Row:
             return f"not comparable: {', '.join(self.differing)}"
         if self.difference is None:
             return "no value"
-        if self.one.unit == "share":
-            return f"{100 * self.difference:+.1f} points"
-        sign = "-" if self.difference < 0 else "+"
-        return sign + shown_number(abs(self.difference), self.one.unit)
+        share = self.one.unit == "share"
+        number = (
+            f"{100 * abs(self.difference):.1f} points" if share else shown_number(abs(self.difference), self.one.unit)
+        )
+        return ("-" if self.difference < 0 else "+") + number + (", spreads overlap" if self._overlap else "")
+
+    @property
+    def _overlap(self) -> bool:
+        """Whether both have a spread, and a value that lies in both."""
+        ends = [(one.lowest, one.highest) for one in (self.one, self.other) if one is not None and one.spread]
+        return len(ends) == 2 and ends[0][0] <= ends[1][1] and ends[1][0] <= ends[0][1]  # type: ignore[operator]
 
 
 @dataclass(frozen=True)

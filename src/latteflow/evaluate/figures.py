@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from latteflow.evaluate.fidelity import DIRECTIONS, FEATURE_SIDE
-from latteflow.evaluate.record import Figure, Unit
+from latteflow.evaluate.numbers import Unit
+from latteflow.evaluate.record import Figure
 
 GUIDED, UNGUIDED = "guided", "without guidance"
 _ASKED: tuple[tuple[str, str], ...] = (
@@ -14,18 +15,20 @@ _ASKED: tuple[tuple[str, str], ...] = (
     ("understanding", "real pictures"),
     ("understanding_of_the_same_pairs", "real pictures of the pairs drawn"),
 )
-_COSTS: Mapping[str, tuple[str, Unit]] = {
-    "total_parameters": ("parameters", "parameters"),
-    "frozen_parameters": ("frozen parameters", "parameters"),
-    "trainable_parameters": ("trainable parameters", "parameters"),
-    "active_parameters": ("active parameters", "parameters"),
-    "flops_per_step": ("operations a step", "FLOP"),
-    "flops_prefill": ("operations a prompt", "FLOP"),
-    "flops_decode": ("operations a decoder", "FLOP"),
-    "flops_per_image": ("operations a picture", "FLOP"),
-    "context_bytes": ("context of a prompt", "B"),
-    "weight_bytes": ("weights in memory", "B"),
+_COSTS: Mapping[str, tuple[str, Unit, tuple[str, ...]]] = {
+    "total_parameters": ("parameters", "parameters", ()),
+    "frozen_parameters": ("frozen parameters", "parameters", ()),
+    "trainable_parameters": ("trainable parameters", "parameters", ()),
+    "active_parameters": ("active parameters", "parameters", ()),
+    "flops_per_step": ("operations a step", "FLOP", ("guided", "prompt_tokens", "image_tokens")),
+    "flops_prefill": ("operations a prompt", "FLOP", ("prompt_tokens",)),
+    "flops_decode": ("operations to decode", "FLOP", ("image_tokens",)),
+    "flops_per_image": ("operations a picture", "FLOP", ("steps", "guided", "prompt_tokens", "image_tokens")),
+    "context_bytes": ("context of a prompt", "B", ("prompt_tokens",)),
+    "weight_bytes": ("weights in memory", "B", ()),
 }
+"""By what ``cost_of`` calls them: a figure's name, its unit, and what it depends on."""
+_FIGURE_ITSELF = ("value", "why", "spread")
 
 
 def set_name(guidance_scale: float) -> str:
@@ -84,17 +87,14 @@ def fidelity_figures(report: Mapping[str, Mapping[str, Mapping[str, Any]]], abou
                     of=of,
                     name=name,
                     value=figure["value"],
+                    lowest=figure["value"] - figure["spread"] if "spread" in figure else None,
+                    highest=figure["value"] + figure["spread"] if "spread" in figure else None,
                     unit=unit,
                     why=figure.get("why", ""),
                     conditions=conditions,
                 )
             )
-            if "spread" in figure:
-                figures.append(_figure("fidelity", of, f"{name}, spread of splits", figure["spread"], "", conditions))
     return figures
-
-
-_FIGURE_ITSELF = ("value", "why", "spread")
 
 
 def understanding_figures(report: Mapping[str, Any], about: Mapping[str, Any]) -> list[Figure]:
@@ -153,8 +153,10 @@ def score_figures(name: str, of: str, score: Mapping[str, Any] | None, about: Ma
 
 def cost_figures(cost: Mapping[str, Any], about: Mapping[str, Any]) -> list[Figure]:
     """Return the figures of ``cost_of``; ``about`` is what all of them share."""
-    conditions = {**about, **{name: cost[name] for name in ("steps", "guided", "prompt_tokens", "image_tokens")}}
-    return [_figure("cost", "the model", name, cost[key], unit, conditions) for key, (name, unit) in _COSTS.items()]
+    return [
+        _figure("cost", "the model", name, cost[key], unit, {**about, **{one: cost[one] for one in needs}})
+        for key, (name, unit, needs) in _COSTS.items()
+    ]
 
 
 def _outside(

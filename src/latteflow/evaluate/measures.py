@@ -80,6 +80,17 @@ class _Run:
             "quantization": quantization_of(self.pipe.backbone, self.pipe.transformer) or "none",
         }
 
+    def counter(self, number: int, what: str) -> Callable[[int], None]:
+        """Return a function that is given numbers of pictures as they are done, and tells how many there are."""
+        done = 0
+
+        def count(pictures: int) -> None:
+            nonlocal done
+            done += pictures
+            self.watch(f"{done} of {number} {what}")
+
+        return count
+
     def show(self, measure: str, number: int, prompt: str, kind: str, picture: Image.Image) -> None:
         """Keep a picture for the report."""
         self.shown.setdefault((measure, number), Shown(measure, prompt)).pictures[kind] = picture
@@ -181,8 +192,7 @@ def _fidelity(run: _Run) -> tuple[dict[str, Any], list[Figure]]:
             shard_size=sampling.batch_size * max(1, _SHARD // sampling.batch_size),
             device=pipe.device.type,
         )
-        run.watch(f"drawing {work.number} pictures, guidance {scale:g}")
-        folders.append(draw_samples(work, pipe))
+        folders.append(draw_samples(work, pipe, watch=run.counter(work.number, f"drawings, guidance {scale:g}")))
         for number, pixels in enumerate(next(Samples(folder).chunks(SHOWN))):
             picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
             run.show("fidelity", number, prompts[number % len(prompts)], figures.set_name(scale), picture)

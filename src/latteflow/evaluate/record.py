@@ -22,9 +22,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 import latteflow
 from latteflow.data.shards import write_json
 from latteflow.errors import UserError
+from latteflow.evaluate.numbers import Unit, shown_number
 
 FILE = "evaluation.json"
-Unit = Literal["share", "dB", "parameters", "FLOP", "B", ""]
 
 
 class Figure(BaseModel):
@@ -41,7 +41,7 @@ class Figure(BaseModel):
     value: float | None
     """None where there is none; ``why`` says why."""
     lowest: float | None = None
-    """Over the seeds; ``value`` is then their mean."""
+    """Over the seeds, whose mean is ``value``; of an Inception score, one deviation of its splits below it."""
     highest: float | None = None
     unit: Unit = ""
     why: str = ""
@@ -49,14 +49,26 @@ class Figure(BaseModel):
     """What has to agree for two such figures to be compared, and ``model``, ``device``, ``seeds``."""
 
     @property
+    def number(self) -> str:
+        """The value in words."""
+        return "none" if self.value is None else shown_number(self.value, self.unit)
+
+    @property
+    def spread(self) -> str:
+        """From the lowest to the highest in words; empty where they are one."""
+        if self.lowest is None or self.highest is None or self.lowest == self.highest:
+            return ""
+        return f"{shown_number(self.lowest, self.unit)} to {shown_number(self.highest, self.unit)}"
+
+    @property
     def shown(self) -> str:
-        """The number in words, with its spread."""
-        if self.value is None:
-            return "none"
-        spread = ""
-        if self.lowest is not None and self.highest is not None and self.lowest < self.highest:
-            spread = f" ({shown_number(self.lowest, self.unit)} to {shown_number(self.highest, self.unit)})"
-        return shown_number(self.value, self.unit) + spread
+        """Number and spread."""
+        return f"{self.number} ({self.spread})" if self.spread else self.number
+
+    @property
+    def told(self) -> str:
+        """Number and spread, or why there is none."""
+        return f"{self.shown}: {self.why}" if self.why else self.shown
 
 
 class Evaluation(BaseModel):
@@ -118,21 +130,6 @@ def finite(values: Any) -> Any:
     if isinstance(values, list | tuple):
         return [finite(value) for value in values]
     return None if isinstance(values, float) and not math.isfinite(values) else values
-
-
-def shown_number(value: float, unit: Unit) -> str:
-    """Return a number as people read it."""
-    if unit == "share":
-        return f"{100 * value:.1f}%"
-    if unit == "dB":
-        return f"{value:.2f} dB"
-    if unit:
-        size, letter = next(
-            ((size, letter) for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")) if value >= size),
-            (1.0, ""),
-        )
-        return f"{value / size:.3g}{letter}" + ("" if unit == "parameters" else f" {unit}")
-    return f"{value:.4g}"
 
 
 def environment_of(device: torch.device) -> dict[str, Any]:

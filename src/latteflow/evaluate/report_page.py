@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image
 
-from latteflow.evaluate.bars import bars
+from latteflow.evaluate.bars import STYLE, bars
 from latteflow.evaluate.figures import measures_in
 from latteflow.evaluate.measures import Shown
 from latteflow.evaluate.record import Evaluation, Figure
@@ -21,21 +21,33 @@ from latteflow.evaluate.record import Evaluation, Figure
 HTML, MARKDOWN = "report.html", "report.md"
 _SIDE = 192
 """Pixels that shown pictures are brought down to."""
-_PLOTTED = ("embedded", "fidelity", "understanding", "text-to-image", "compositional")
+_ABOUT = {
+    "embedded": "Held-out pictures: how well they are rebuilt, what the model answers about them and about its own "
+    "drawings of their captions. Where there is a judge: what it takes drawings for, and the distances of features to "
+    "those of real pictures (lower is closer).",
+    "fidelity": "Drawings as a set beside real pictures. Distances (FD, FID): lower is closer; the others: higher is "
+    "better.",
+    "understanding": "Held-out questions, asked of the backbone alone and of the unified model: no answer may differ.",
+    "text-to-image": "Public prompts, scored by their own scorers.",
+    "compositional": "Pairs of concept and style that were never seen together, beside pairs that were, as the judge "
+    "takes them.",
+    "cost": "Counted and reckoned, not timed.",
+}
 _STYLE = """
-:root { color-scheme: light dark; --line: #8886; --bar: #4a7ebb; --soft: #777; }
+:root { color-scheme: light dark; --line: #8886; --bar: #4a7ebb; --soft: #757575; }
 body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 60rem; padding: 1rem; overflow-wrap: anywhere; }
-h1 { font-size: 1.5rem; } h2 { margin-top: 2.5rem; } .soft { color: var(--soft); }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; }
+h1 { font-size: 1.5rem; } h2 { margin-top: 2.5rem; } .soft { color: var(--soft); font-size: .85rem; }
+.figures { display: grid; align-items: start; gap: 1.25rem 3rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 24rem), 1fr)); }
+table { border-collapse: collapse; font-size: .9rem; margin: 1rem 0; } .figures table { margin: 0; }
 th, td { border-bottom: 1px solid var(--line); padding: .25rem .75rem .25rem 0; text-align: left; vertical-align: top; }
-td, th { overflow-wrap: normal; } td.number { white-space: nowrap; font-variant-numeric: tabular-nums; }
-.pictures { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(14rem, 1fr)); }
+th { font-weight: 400; overflow-wrap: break-word; }
+td.number { font-variant-numeric: tabular-nums; } small { color: var(--soft); }
+.pictures { display: grid; gap: 1rem; margin: 1.5rem 0;
+  grid-template-columns: repeat(auto-fill, minmax(10.5rem, 1fr)); }
 figure { margin: 0; } figcaption { font-size: .85rem; } .row { display: flex; gap: .25rem; }
-.row div { flex: 1; min-width: 0; font-size: .75rem; color: var(--soft); } img { width: 100%; display: block; }
-svg { width: 100%; max-width: 40rem; height: auto; display: block; margin: .5rem 0; }
-svg text { font: 13px system-ui, sans-serif; fill: currentColor; } svg .title { font-weight: 600; }
-svg .of { text-anchor: end; } svg rect { fill: var(--bar); } svg line { stroke: currentColor; stroke-width: 2; }
-pre { overflow-x: auto; font-size: .8rem; }
+.row div { flex: 1; min-width: 0; font-size: .7rem; color: var(--soft); line-height: 1.3; }
+img { width: 100%; display: block; } details { margin: .5rem 0; } pre { overflow-x: auto; font-size: .8rem; }
 """
 _ALLOWED = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
@@ -61,19 +73,16 @@ def write_report(record: Evaluation, shown: Sequence[Shown], folder: Path) -> li
 
 
 def html_page(record: Evaluation, shown: Sequence[Shown]) -> str:
-    """Return the report as a page: pictures inside it, plots as SVG, nothing fetched from anywhere."""
+    """Return the report as a page: figures as bars, pictures inside it, nothing fetched from anywhere."""
     title = escape(f"Evaluation of {record.model}")
     body = [f"<h1>{title}</h1>", f'<p class="soft">{escape(_headline(record))}</p>']
     pictures = {one.measure: [other for other in shown if other.measure == one.measure] for one in shown}
     for measure, figures in measures_in(record.figures).items():
-        body.append(f"<h2>{escape(measure)}</h2>")
-        body += [_plots(figures)] if measure in _PLOTTED else []
-        body.append(_table(("of", "figure", "value"), ((one.of, one.name, _value(one)) for one in figures)))
-        if measure in pictures:
-            body.append(_pictures(pictures.pop(measure)))
+        body += [f"<h2>{escape(measure)}</h2>", *(f"<p>{escape(about)}</p>" for about in _about(measure))]
+        body += [_figures(figures), f'<p class="soft">{escape(_depends(record, measure, figures))}</p>']
+        body.append(_pictures(pictures.pop(measure, [])))
     body += [f"<h2>{escape(name)}</h2>{_pictures(some)}" for name, some in pictures.items()]
-    body.append("<h2>Conditions</h2>")
-    body.append(_table(("condition", "value"), _conditions(record)))
+    body += ["<h2>Conditions of all figures</h2>", _table(_conditions(record))]
     for name, values in (("Recipe", record.config), ("All results", record.results)):
         text = escape(json.dumps(values, indent=1, ensure_ascii=False))
         body.append(f"<details><summary>{name}</summary><pre>{text}</pre></details>")
@@ -82,7 +91,7 @@ def html_page(record: Evaluation, shown: Sequence[Shown]) -> str:
             '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
             f'<meta http-equiv="Content-Security-Policy" content="{_ALLOWED}">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{title}</title>\n<style>{_STYLE}</style>\n</head>\n<body>",
+            f"<title>{title}</title>\n<style>{_STYLE}{STYLE}</style>\n</head>\n<body>",
             *body,
             "</body>\n</html>\n",
         ]
@@ -93,9 +102,11 @@ def markdown_page(record: Evaluation) -> str:
     """Return the figures and conditions as Markdown tables."""
     lines = [f"# Evaluation of {_cell(record.model)}", "", _cell(_headline(record)), ""]
     for measure, figures in measures_in(record.figures).items():
-        lines += [f"## {measure}", "", "| of | figure | value |", "| --- | --- | --- |"]
-        lines += [f"| {_cell(one.of)} | {_cell(one.name)} | {_cell(_value(one))} |" for one in figures] + [""]
-    lines += ["## Conditions", "", "| condition | value |", "| --- | --- |"]
+        lines += [f"## {_cell(measure)}", "", *(line for about in _about(measure) for line in (about, ""))]
+        lines += ["| of | figure | value |", "| --- | --- | --- |"]
+        lines += [f"| {_cell(one.of)} | {_cell(one.name)} | {_cell(one.told)} |" for one in figures]
+        lines += ["", _cell(_depends(record, measure, figures)), ""]
+    lines += ["## Conditions of all figures", "", "| condition | value |", "| --- | --- |"]
     lines += [f"| {_cell(name)} | {_cell(value)} |" for name, value in _conditions(record)]
     return "\n".join(lines) + "\n"
 
@@ -108,44 +119,71 @@ def _headline(record: Evaluation) -> str:
     )
 
 
+def _about(measure: str) -> list[str]:
+    return [_ABOUT[measure]] if measure in _ABOUT else []
+
+
+def _depends(record: Evaluation, measure: str, figures: Sequence[Figure]) -> str:
+    """Return what the figures of a measure depend on, but for what all figures share, and how long they took."""
+    shared = _shared(record.figures)
+    values: dict[str, dict[str, None]] = {}
+    for one in figures:
+        for name, value in one.conditions.items():
+            if name not in shared:
+                values.setdefault(name, {})[_words(value)] = None
+    parts = [f"{_name(name)} {' or '.join(some)}" for name, some in values.items()]
+    return "; ".join([*parts, f"measured in {record.seconds.get(measure, 0):.0f} s"])
+
+
+def _shared(figures: Sequence[Figure]) -> dict[str, Any]:
+    """Return the conditions that every figure has, and has alike."""
+    first = figures[0].conditions if figures else {}
+    return {
+        name: value
+        for name, value in first.items()
+        if all(name in one.conditions and one.conditions[name] == value for one in figures)
+    }
+
+
 def _conditions(record: Evaluation) -> list[tuple[str, str]]:
-    """Return versions and hardware, and what the figures of each measure have in common."""
-    rows = [(name, _words(value)) for name, value in record.environment.items()]
-    for measure, figures in measures_in(record.figures).items():
-        names = list(dict.fromkeys(name for one in figures for name in one.conditions))
-        for name in names:
-            values = dict.fromkeys(_words(one.conditions[name]) for one in figures if name in one.conditions)
-            rows.append((f"{measure}: {name}", "; ".join(values)))
-        rows.append((f"{measure}: seconds", f"{record.seconds.get(measure, 0):.0f}"))
-    return rows
+    found = {**_shared(record.figures), **record.environment}
+    return [(_name(name), _words(value)) for name, value in found.items()]
+
+
+def _name(condition: str) -> str:
+    return condition.replace("_", " ")
 
 
 def _words(value: Any) -> str:
     if isinstance(value, list | tuple):
-        return ", ".join(map(str, value))
+        return ", ".join(map(_words, value))
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "yes", False: "no"}[value]
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _value(figure: Figure) -> str:
-    return figure.shown if not figure.why else f"{figure.shown}: {figure.why}"
+def _figures(figures: Sequence[Figure]) -> str:
+    """Return bars of what has a figure of several sets, and the others in one table."""
+    named: dict[str, list[Figure]] = {}
+    for figure in figures:
+        named.setdefault(figure.name, []).append(figure)
+    several = [bars(some) for some in named.values() if len(some) > 1]
+    singles = [one for one, *others in named.values() if not others]
+    of_one = len({one.of for one in singles}) == 1
+    alone = [(one.name if of_one else f"{one.name} ({one.of})", one.told) for one in singles]
+    return "\n".join(['<div class="figures">', *several, *([_table(alone)] if alone else []), "</div>"])
 
 
-def _plots(figures: Sequence[Figure]) -> str:
-    names = dict.fromkeys(figure.name for figure in figures)
-    return "\n".join(bars([figure for figure in figures if figure.name == name]) for name in names)
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    head = "".join(f"<th>{escape(name)}</th>" for name in header)
-    lines = []
-    for row in rows:
-        *cells, last = (escape(cell) for cell in row)
-        number = ' class="number"' if len(last) < 40 else ""
-        lines.append(f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}<td{number}>{last}</td></tr>")
-    return f'<div class="wide"><table><tr>{head}</tr>\n' + "\n".join(lines) + "</table></div>"
+def _table(rows: Iterable[tuple[str, str]]) -> str:
+    lines = [
+        f'<tr><th scope="row">{escape(name)}</th><td class="number">{escape(text)}</td></tr>' for name, text in rows
+    ]
+    return "\n".join(["<table>", *lines, "</table>"])
 
 
 def _pictures(shown: Sequence[Shown]) -> str:
+    if not shown:
+        return ""
     figures = []
     for one in shown:
         row = "".join(
