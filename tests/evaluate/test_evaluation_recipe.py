@@ -101,8 +101,6 @@ def test_a_training_recipe_without_a_model_or_a_usual_measure_is_refused():
         (["sampling.guidance_scale=.nan"], "sampling.guidance_scale"),
         (["sampling.seeds=[]"], "sampling.seeds"),
         (["model="], "model"),
-        (["dtype=int4"], "there is no dtype 'int4': give float32, bfloat16, float16"),
-        (["quantize=int4"], "there is no quantization 'int4': give int8 or fp8"),
         (["network.kind=vgg"], "network.kind: Input should be"),
         (
             ["measures=[fidelity]", "network.kind=inception"],

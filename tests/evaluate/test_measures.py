@@ -262,7 +262,11 @@ def test_a_reference_of_another_size_is_refused_before_anything_is_drawn(
 
     write_pictures(tmp_path / "large.npz", [pictures(9, size=(64, 64))], 9)
     monkeypatch.setattr(LatteFlowPipeline, "__call__", None)
-    changes = {"fidelity": {"number": 8, "reference": str(tmp_path / "large.npz")}, "measures": ["fidelity"]}
+    changes = {
+        "output": str(tmp_path / "out"),  # where nothing is drawn yet
+        "measures": ["fidelity"],
+        "fidelity": {"number": 8, "reference": str(tmp_path / "large.npz")},
+    }
     recipe = load_evaluation(str(model), (), {**options, **changes})
     require_inputs(recipe)
     with pytest.raises(UserError, match="take a reference of the same resolution"):

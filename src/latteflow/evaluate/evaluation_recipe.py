@@ -9,10 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, field_validator, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from latteflow.errors import UserError
-from latteflow.models.quantization import QUANTIZATIONS
 from latteflow.train.recipe import AnyRecipe, GeneratorRecipe, Section, load_recipe
 from latteflow.train.recipe_file import explained, merged_values, read_values
 
@@ -20,7 +19,6 @@ Measure = Literal["embedded", "fidelity", "understanding", "text-to-image", "com
 STAGE = "evaluation"
 USUAL_JUDGE = "runs/emoji-64/judge/final"
 """Where ``latteflow train recipes/emoji-64/judge.yaml`` leaves the judge."""
-_DTYPES = ("float32", "bfloat16", "float16")
 
 
 class DataSection(Section):
@@ -132,20 +130,6 @@ class EvaluationRecipe(Section):
     fidelity: FidelitySection = FidelitySection()
     text_to_image: TextToImageSection = TextToImageSection()
     understanding: UnderstandingSection = UnderstandingSection()
-
-    @field_validator("dtype")
-    @classmethod
-    def _is_a_dtype(cls, name: str | None) -> str | None:
-        if name not in (None, *_DTYPES):
-            raise ValueError(f"there is no dtype {name!r}: give {', '.join(_DTYPES)}")
-        return name
-
-    @field_validator("quantize")
-    @classmethod
-    def _is_a_quantization(cls, name: str | None) -> str | None:
-        if name not in (None, *QUANTIZATIONS):
-            raise ValueError(f"there is no quantization {name!r}: give {' or '.join(QUANTIZATIONS)}")
-        return name
 
     @model_validator(mode="after")
     def _measures_have_what_they_need(self) -> EvaluationRecipe:
