@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -16,13 +17,20 @@ from latteflow.cli.model import (
     DtypeOption,
     ModelOption,
     QuantizeOption,
-    asked_weights,
-    fastest_dtype,
-    load_pipeline,
+)
+from latteflow.cli.serve_ray import (
+    AutoscaleOption,
+    PerReplicaOption,
+    RayAddressOption,
+    RayOption,
+    ReplicasOption,
+    Spread,
 )
 from latteflow.errors import UserError
 
-_KEYS_VARIABLE = "LATTEFLOW_API_KEYS"
+if TYPE_CHECKING:
+    from latteflow.serve.api.keys import ApiKeys
+    from latteflow.serve.deploy.settings import ServeSettings
 
 
 def serve(
@@ -32,7 +40,7 @@ def serve(
     ),
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any that is free.")] = 8000,
     api_key_file: Annotated[
-        Path | None, typer.Option(help=f"Keys, one a line; more in the variable {_KEYS_VARIABLE}.")
+        Path | None, typer.Option(help="Keys, one a line; more in the variable LATTEFLOW_API_KEYS.")
     ] = None,
     allow_host: Annotated[
         list[str] | None, typer.Option(help="A name that clients call this server by; * for any. Can be repeated.")
@@ -43,47 +51,78 @@ def serve(
     max_batch: Annotated[int, typer.Option(help="Pictures that share a forward, at most.")] = 16,
     max_active: Annotated[int, typer.Option(help="Pictures under way, at most.")] = 32,
     queue: Annotated[int, typer.Option(help="Work that may wait, in pictures of 40 guided steps.")] = 64,
+    placement: Annotated[
+        Literal["local", "pipeline", "auto"],
+        typer.Option(help="Steps in this process, in one process a group, or where they cost less."),
+    ] = "local",
+    stage_device: Annotated[
+        list[str] | None, typer.Option(help="Of the pipeline's stages: one for all, or one each, repeated.")
+    ] = None,
     drain: Annotated[float, typer.Option(min=0, help="Seconds for what runs to finish after SIGTERM.")] = 30.0,
     drain_delay: Annotated[float, typer.Option(min=0, help="Seconds before that in which only /readyz says no.")] = 0.0,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write what is asked into the log.")] = False,
     insecure: Annotated[bool, typer.Option("--insecure", help="Listen on any address without a key.")] = False,
+    ray: RayOption = False,
+    replicas: ReplicasOption = None,
+    autoscale: AutoscaleOption = None,
+    per_replica: PerReplicaOption = None,
+    ray_address: RayAddressOption = None,
     compiled: CompileOption = False,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     quantize: QuantizeOption = None,
 ) -> None:
     """Serve a model over HTTP, as OpenAI's clients ask."""
-    from latteflow.serve.api.app import create_app
-    from latteflow.serve.api.keys import ApiKeys
-    from latteflow.serve.api.logs import log_as_json
-    from latteflow.serve.api.metrics import Metrics
-    from latteflow.serve.api.server import serve as run
-    from latteflow.serve.api.settings import ServerSettings
-    from latteflow.serve.engine.engine import Engine
-    from latteflow.serve.engine.settings import EngineSettings
+    from latteflow.serve.deploy.settings import ServeSettings
 
-    dtype = dtype or (None if quantize else fastest_dtype(model, device))
-    keys = ApiKeys.read(api_key_file, os.environ.get(_KEYS_VARIABLE))
+    spread = Spread(ray, replicas, autoscale, per_replica, ray_address)
+    keys = _keys(api_key_file, host, insecure)
+    settings = ServeSettings(
+        model=model,
+        device=device,
+        dtype=dtype,
+        quantize=quantize,
+        compiled=compiled,
+        max_batch=max_batch,
+        max_active=max_active,
+        queue=queue,
+        placement=placement,
+        stage_devices=tuple(stage_device or ()),
+        api_key_file=api_key_file,
+        insecure=not keys,
+        allow_host=(*(allow_host or ()), host),
+        allow_image_domain=tuple(allow_image_domain or ()),
+        log_prompts=log_prompts,
+        drain=drain,
+    )
+    whole = spread.serve(settings, host, port) if ray else _serve_here(settings, keys, host, port, drain_delay)
+    if not whole:
+        raise typer.Exit(1)
+
+
+def _keys(file: Path | None, host: str, insecure: bool) -> ApiKeys:
+    """Return who may ask; nobody in particular, only if nobody else can or that is meant."""
+    from latteflow.serve.api.keys import KEYS_VARIABLE, ApiKeys
+
+    keys = ApiKeys.read(file, os.environ.get(KEYS_VARIABLE))
     if not (keys or insecure or _is_loopback(host)):
         raise UserError(
-            f"--host {host} can be reached by others: give --api-key-file or {_KEYS_VARIABLE}, or --insecure to let "
+            f"--host {host} can be reached by others: give --api-key-file or {KEYS_VARIABLE}, or --insecure to let "
             "everybody in"
         )
-    engine_settings = EngineSettings(max_batch=max_batch, max_active=max_active, max_queued_pictures=queue)
-    settings = ServerSettings(
-        model=Path(model).resolve().name if Path(model).exists() else model,
-        weights=asked_weights(dtype, quantize),
-        keys=keys,
-        hosts=frozenset([*(allow_host or ()), host]),
-        image_domains=frozenset(domain.lower() for domain in allow_image_domain or ()),
-        log_prompts=log_prompts,
-    )
-    pipe = load_pipeline(model, device, dtype, quantize, compiled=compiled)
-    metrics = Metrics()
-    app = create_app(Engine(pipe, engine_settings, observer=metrics), settings, metrics)
+    return keys
+
+
+def _serve_here(settings: ServeSettings, keys: ApiKeys, host: str, port: int, drain_delay: float) -> bool:
+    """Serve from this process until a signal; return whether the engine got warm."""
+    from latteflow.serve.api.logs import log_as_json
+    from latteflow.serve.api.server import serve as run
+    from latteflow.serve.deploy.served import served_app
+
+    app = served_app(settings, keys)
     log_as_json()
-    if not run(app, host, port, drain=drain, notice=drain_delay, announce=lambda url: print(url, flush=True)):
-        raise typer.Exit(1)
+    announce = functools.partial(print, flush=True)
+    return run(app, host, port, drain=settings.drain, notice=drain_delay, announce=announce)
 
 
 def _is_loopback(host: str) -> bool:
