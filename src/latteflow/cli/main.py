@@ -17,6 +17,7 @@ from latteflow.cli.evaluate import evaluate
 from latteflow.cli.generate import generate
 from latteflow.cli.info import info
 from latteflow.cli.merge import merge
+from latteflow.cli.serve import serve
 from latteflow.cli.train import train
 from latteflow.errors import UserError
 
@@ -30,6 +31,10 @@ _EXTRAS = {
     "ray": "ray",
     "matplotlib": "plots",
     "torchao": "quantize",
+    "fastapi": "serve",
+    "httpx": "serve",
+    "prometheus_client": "serve",
+    "uvicorn": "serve",
 }
 """Which extra brings a module that only some verbs need."""
 
@@ -52,7 +57,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for _verb in (generate, ask, chat, info, data, encode, train, merge, evaluate, benchmark):
+for _verb in (generate, ask, chat, info, data, encode, train, merge, evaluate, benchmark, serve):
     app.command()(_verb)
 
 

@@ -49,16 +49,11 @@ def save_picture(image: Image.Image, file: Path, record: dict[str, object]) -> N
     Raises:
         UserError: the file cannot be written.
     """
-    from PIL.PngImagePlugin import PngInfo
+    from latteflow.models.picture_record import png_text
 
-    from latteflow import __version__
-
-    info = PngInfo()
-    for key, value in {**record, "software": f"latteflow {__version__}"}.items():
-        info.add_itxt(key, str(value))
     partial = file.with_name(f".{file.name}.partial")
     try:
-        image.save(partial, format="PNG", pnginfo=info)
+        image.save(partial, format="PNG", pnginfo=png_text(record))
         os.replace(partial, file)
     except OSError as error:
         partial.unlink(missing_ok=True)

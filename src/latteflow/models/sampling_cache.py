@@ -97,8 +97,6 @@ def whole_surroundings(
 
 def joined(moments: Sequence[Moment]) -> Moment:
     """Return the moment of samples that are each at a t of their own, of moments that ``SamplingCache`` made."""
-    if all(moment is moments[0] for moment in moments):
-        return moments[0]  # of one sample, and broadcast
     layers = [_joined(modulations) for modulations in zip(*(moment.layers for moment in moments), strict=True)]
     shift, scale = (torch.cat(parts) for parts in zip(*(moment.out for moment in moments), strict=True))
     return Moment(layers, (shift, scale))

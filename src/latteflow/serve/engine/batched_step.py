@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from latteflow.flow.guidance import guide
+from latteflow.models.compilation import runs_compiled
 from latteflow.models.context import Context, concatenate
 from latteflow.models.sampling_cache import Moment, SamplingCache, Surroundings, joined, whole_surroundings
 from latteflow.models.transformer import LatteFlowTransformer
@@ -17,7 +18,7 @@ _MOST_GRIDS = 32
 """Step grids whose moments are kept: clients choose step counts, and each grid takes a few MB of a large model."""
 
 _WORDS = 32
-"""With padded forwards, prompts are padded to a multiple of this many tokens."""
+"""Regular forwards have prompts of a multiple of this many tokens."""
 
 
 class BatchedStep:
@@ -27,19 +28,24 @@ class BatchedStep:
         transformer: the replica.
         rows: how many rows every forward is padded to, two a picture where it is guided; None for no padding. With
             padding a picture's bits do not depend on what shares its forwards.
+
+    A forward is *regular* where its rows are padded, or the groups are compiled: it has two rows at least, prompts are
+    padded to a multiple of 32 tokens, one of padding at least, and every row has a moment of its own. Otherwise more
+    graphs would be compiled: for one row, for every length of prompts, without a mask, and for times that are equal.
     """
 
     def __init__(self, transformer: LatteFlowTransformer, rows: int | None = None) -> None:
         self.transformer, self.rows = transformer, rows
+        self.regular = rows is not None or runs_compiled(transformer)
         self._dtype = transformer.dtype  # asked once: diffusers walks all modules to tell it
         self._grids: OrderedDict[tuple[float, ...], SamplingCache] = OrderedDict()
         self._around: dict[int, tuple[tuple[object, ...], Surroundings]] = {}
 
     def kind(self, drawing: Drawing) -> tuple[int, ...]:
-        """Return what pictures must have in common to share a forward: expert, size, and padded words."""
-        words = drawing.conditional.mask.shape[1]
-        padded = 0 if self.rows is None else -(-words // _WORDS) * _WORDS
-        return (int(self.transformer.group_of(drawing.t)), *drawing.x_t.shape[1:], padded)
+        """Return what pictures must have in common to share a forward: expert, size, and length of regular prompts."""
+        longest = max(context.mask.shape[1] for context in (drawing.conditional, drawing.unconditional) if context)
+        words = (longest // _WORDS + 1) * _WORDS if self.regular else 0
+        return (int(self.transformer.group_of(drawing.t)), *drawing.x_t.shape[1:], words)
 
     def forget(self) -> None:
         """Let go of the contexts of the last forwards."""
@@ -54,11 +60,13 @@ class BatchedStep:
         x_t = torch.cat([drawing.x_t for drawing in rows])
         moments = [self._moment(group, drawing) for drawing in rows]
         around = self._surroundings(group, guided, drawings, words, x_t)
-        missing = 0 if self.rows is None else self.rows - len(rows)
+        missing = self._rows(len(rows)) - len(rows)
         if missing:
             x_t = torch.cat([x_t, x_t[-1:].expand(missing, -1, -1, -1)])
             moments += moments[-1:] * missing
-        v = self.transformer.step(group, x_t.to(self._dtype), around, joined(moments)).to(drawings[0].x_t.dtype)
+        same = not self.regular and all(moment is moments[0] for moment in moments)
+        moment = moments[0] if same else joined(moments)  # one is broadcast
+        v = self.transformer.step(group, x_t.to(self._dtype), around, moment).to(drawings[0].x_t.dtype)
         return _guided(v[: len(rows)], guided, drawings)
 
     def _moment(self, group: int, drawing: Drawing) -> Moment:
@@ -87,11 +95,15 @@ class BatchedStep:
         return kept[1]
 
     def _padded(self, context: Context, words: int) -> Context:
-        """Return the context with every row and column that a padded forward has."""
-        if self.rows is None:
-            return context
-        last = torch.arange(self.rows, device=context.mask.device).clamp_max(len(context) - 1)
-        return context.select(last).padded_to(words)
+        """Return the context with every row and column that a forward has."""
+        rows = self._rows(len(context))
+        if rows > len(context):
+            context = context.select(torch.arange(rows, device=context.mask.device).clamp_max(len(context) - 1))
+        return context.padded_to(words) if self.regular else context
+
+    def _rows(self, number: int) -> int:
+        """Return how many rows a forward of a number of them has."""
+        return self.rows or (max(number, 2) if self.regular else number)
 
 
 def _guided(v: torch.Tensor, guided: Sequence[Drawing], drawings: Sequence[Drawing]) -> torch.Tensor:

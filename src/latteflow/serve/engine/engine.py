@@ -113,12 +113,17 @@ class Engine:
         Raises:
             Refused: they were not drawn.
         """
-        config = self.pipe.transformer.config
-        steps = 2 * config.num_groups  # so that every expert runs
+        steps = 2 * self.pipe.transformer.config.num_groups  # so that every expert runs
         number = min(_WARM_UP_PICTURES, self.settings.max_queued_pictures)
-        requests = [DrawRequest("", seed=i, num_inference_steps=steps, guidance_scale=1.0) for i in range(number)]
-        images = [image for ticket in self.draw(requests) if (image := ticket.result().image) is not None]
-        self._preview = Preview.fit(self.pipe.vae, config, images)
+        plain = [DrawRequest("", seed=i, num_inference_steps=steps, guidance_scale=1.0) for i in range(number)]
+        images = [image for ticket in self.draw(plain) if (image := ticket.result().image) is not None]
+        self._preview = Preview.fit(self.pipe.vae, self.pipe.transformer.config, images)
+        # Few pictures, unlike ones, long prompts: other kinds of call, which a compiled model compiles one by one.
+        words = ("", "a", "a picture " * 20)
+        guided = [DrawRequest(each, num_inference_steps=steps + i) for i, each in enumerate(words)]
+        for together in (plain[:1], guided[:1], guided):
+            for ticket in self.draw(together[: self.settings.max_queued_pictures]):
+                ticket.result()
         self._warm = True
 
     def draw(self, requests: Sequence[DrawRequest]) -> list[Ticket]:

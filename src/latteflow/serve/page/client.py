@@ -35,6 +35,14 @@ class Model:
 
 
 @dataclass(frozen=True)
+class Queued:
+    """The drawing waits."""
+
+    ahead: int
+    """Drawings before it."""
+
+
+@dataclass(frozen=True)
 class Preview:
     """The picture as it is expected to become."""
 
@@ -48,7 +56,7 @@ class Drawn:
     image: bytes
 
 
-DrawEvent: TypeAlias = Step | Preview | Drawn
+DrawEvent: TypeAlias = Queued | Step | Preview | Drawn
 
 
 class ServerTrouble(UserError):
@@ -88,6 +96,8 @@ class ApiClient:
         async with self._open("POST", "/v1/images/generations", body) as answer:
             async for event in _events(answer):
                 match event.get("type"):
+                    case "image_generation.queued":
+                        yield Queued(event["latteflow"]["ahead"])
                     case "image_generation.progress":
                         told = event["latteflow"]
                         yield Step(**{name: told[name] for name in ("step", "steps", "group", "t", "seconds", "batch")})

@@ -1,0 +1,1 @@
+"""The HTTP API: what OpenAI's clients speak, in front of an engine."""
