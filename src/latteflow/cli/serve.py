@@ -17,6 +17,7 @@ from latteflow.cli.model import (
     ModelOption,
     QuantizeOption,
     asked_weights,
+    fastest_dtype,
     load_pipeline,
 )
 from latteflow.errors import UserError
@@ -66,6 +67,7 @@ def serve(
     from latteflow.serve.engine.engine import Engine
     from latteflow.serve.engine.settings import EngineSettings
 
+    dtype = dtype or (None if quantize else fastest_dtype(model, device))
     keys = _keys(host, api_key_file, insecure=insecure)
     bounds = EngineSettings(max_batch=max_batch, max_active=max_active, max_queued_pictures=queue)
     settings = ServerSettings(
