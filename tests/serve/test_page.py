@@ -181,7 +181,7 @@ def begin(page, server, prompt="a red heart"):
 def test_stop_stops(page, server):
     begin(page, server)
     page.get_by_role("button", name="Stop").click()
-    wait_for(lambda: server.engine.idle, 5)
+    wait_for(lambda: server.engine.idle, 15)
     status_says(page, "Stopped.")
     server.engine.step_seconds = 0
     draw(page, "a red heart")
@@ -190,7 +190,7 @@ def test_stop_stops(page, server):
 def test_closing_the_window_stops(page, server):
     begin(page, server)
     page.close()
-    wait_for(lambda: server.engine.idle, 5)
+    wait_for(lambda: server.engine.idle, 15)
 
 
 def test_two_windows_draw_at_the_same_time(opened, server):
@@ -326,7 +326,7 @@ def test_an_answer_is_stopped(page, server):
     page.locator("#message textarea").press("Enter")
     wait_for(lambda: server.engine.active)
     page.locator("#message button.stop-button").click()
-    wait_for(lambda: server.engine.idle, 5)
+    wait_for(lambda: server.engine.idle, 15)
     page.locator("#chat-status", has_text="Stopped.").wait_for()
 
 

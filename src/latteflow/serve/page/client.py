@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -86,7 +86,7 @@ class ApiClient:
         shape = listed["latteflow"]
         return Model(listed["id"], shape["size"], shape["size_multiple"], tuple(shape["edges"]))
 
-    async def draw(self, settings: Settings, model: str) -> AsyncIterator[DrawEvent]:
+    async def draw(self, settings: Settings, model: str) -> AsyncGenerator[DrawEvent, None]:
         """Have a picture drawn, and tell of every step; closing the iterator gives the drawing up.
 
         Raises:
@@ -108,7 +108,7 @@ class ApiClient:
                         return
         raise ServerTrouble("the server ended the drawing without a picture: try again")
 
-    async def ask(self, messages: Sequence[dict[str, Any]], model: str) -> AsyncIterator[str]:
+    async def ask(self, messages: Sequence[dict[str, Any]], model: str) -> AsyncGenerator[str, None]:
         """Have a conversation answered, and return the words as they come.
 
         Raises:

@@ -6,6 +6,7 @@ import re
 import secrets
 import time
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -127,29 +128,31 @@ class DrawTab:
             model = await client.model()
             made: list[Step] = []
             told, started = 0.0, time.monotonic()
-            async for event in client.draw(settings, model.name):
-                match event:
-                    case Drawn():
-                        drawings = (*drawings, Drawing(settings, event.image))[-_MOST_KEPT:]
-                        seconds = time.monotonic() - started
-                        yield {
-                            **self._show(drawings, len(drawings) - 1, model, request),
-                            self.status: shown.status(f"Done in {seconds:.2f} s, seed {settings.seed}."),
-                            self.strip: strip(made, model.edges),
-                            **self._idle(),
-                        }
-                    case Preview():
-                        yield {self.picture: shown.picture(event.image, settings, finished=False)}
-                    case Queued():
-                        yield {self.status: shown.status(f"Waiting for its turn: {event.ahead} before it.")}
-                    case Step():
-                        made.append(event)
-                        if time.monotonic() - told > _PAUSE:
-                            told = time.monotonic()
+            # Closed with this generator, not when memory is next tidied: that is what stops the drawing.
+            async with aclosing(client.draw(settings, model.name)) as events:
+                async for event in events:
+                    match event:
+                        case Drawn():
+                            drawings = (*drawings, Drawing(settings, event.image))[-_MOST_KEPT:]
+                            seconds = time.monotonic() - started
                             yield {
+                                **self._show(drawings, len(drawings) - 1, model, request),
+                                self.status: shown.status(f"Done in {seconds:.2f} s, seed {settings.seed}."),
                                 self.strip: strip(made, model.edges),
-                                self.status: shown.status(f"Step {event.step} of {event.steps}."),
+                                **self._idle(),
                             }
+                        case Preview():
+                            yield {self.picture: shown.picture(event.image, settings, finished=False)}
+                        case Queued():
+                            yield {self.status: shown.status(f"Waiting for its turn: {event.ahead} before it.")}
+                        case Step():
+                            made.append(event)
+                            if time.monotonic() - told > _PAUSE:
+                                told = time.monotonic()
+                                yield {
+                                    self.strip: strip(made, model.edges),
+                                    self.status: shown.status(f"Step {event.step} of {event.steps}."),
+                                }
         except UserError as error:
             yield {self.status: shown.trouble(f"{str(error)[:1].upper()}{str(error)[1:]}."), **self._idle()}
 
