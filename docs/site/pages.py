@@ -16,6 +16,7 @@ from mkdocs.structure.files import File, Files
 
 ELSEWHERE = {
     "CHANGELOG.md": "changelog.md",
+    "SECURITY.md": "security.md",
     "benchmarks/results/*": "benchmarks/",
     "examples/*.md": "examples/",
     "recipes/emoji-64/README.md": "recipes/emoji-64.md",

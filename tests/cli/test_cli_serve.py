@@ -66,7 +66,7 @@ class Process:
     def __init__(self, words, **environment):
         # Without the rest of the test's environment a coverage tool or a proxy would not be missed.
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "latteflow", "serve", "--port", "0", *map(str, words)],
+            [sys.executable, "-m", "latteflow", "serve", "--port", "0", "--no-page", *map(str, words)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -126,6 +126,15 @@ def test_it_says_when_it_is_ready_and_leaves_in_peace(saved_pipeline, sig):
         assert (request["status"], request["level"]) == (200, "info")
         assert [line["finished_everything"] for line in running.lines("drained")] == [True]
         assert "private" not in "".join(running.err)
+
+
+@pytest.mark.slow
+def test_the_page_is_there_and_behind_the_keys(saved_pipeline):
+    with serving("--model", saved_pipeline, "--page", LATTEFLOW_API_KEYS=KEY) as running:
+        assert httpx.get(running.url).status_code == 401
+        assert 'content="latteflow"' in httpx.get(running.url, auth=("anybody", KEY)).text
+        running.leave()
+        assert running.code() == 0
 
 
 @pytest.mark.slow

@@ -39,10 +39,12 @@ class Live:
 
 
 @contextmanager
-def live(engine, settings=None, metrics=None, *, warm=True, drain=5.0, notice=0.0):
+def live(engine, settings=None, metrics=None, *, warm=True, drain=5.0, notice=0.0, prepare=None):
     if metrics is None:
         engine.observer = metrics = Metrics()
     app = create_app(engine, settings or ServerSettings(model="toy"), metrics)
+    if prepare is not None:
+        prepare(app)
     urls = queue.Queue()
     config = uvicorn.Config(
         app,

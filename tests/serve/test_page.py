@@ -181,7 +181,7 @@ def begin(page, server, prompt="a red heart"):
 def test_stop_stops(page, server):
     begin(page, server)
     page.get_by_role("button", name="Stop").click()
-    wait_for(lambda: server.engine.idle, 5)
+    wait_for(lambda: server.engine.idle, 15)
     status_says(page, "Stopped.")
     server.engine.step_seconds = 0
     draw(page, "a red heart")
@@ -190,7 +190,7 @@ def test_stop_stops(page, server):
 def test_closing_the_window_stops(page, server):
     begin(page, server)
     page.close()
-    wait_for(lambda: server.engine.idle, 5)
+    wait_for(lambda: server.engine.idle, 15)
 
 
 def test_two_windows_draw_at_the_same_time(opened, server):
@@ -200,6 +200,20 @@ def test_two_windows_draw_at_the_same_time(opened, server):
     wait_for(lambda: len(server.engine.active) == 2)
     server.engine.step_seconds = 0
     assert drawn(one) != drawn(other)
+
+
+def test_who_waits_is_told_how_long(page, server):
+    server.engine.going.clear()
+    with server.openai() as client:
+        streams = [client.images.generate(prompt="before", stream=True, extra_body={"steps": 1}) for _ in range(2)]
+        wait_for(lambda: len(server.engine.waiting) == 2)
+        fill(page, "a red heart")
+        page.get_by_role("button", name="Generate").click()
+        status_says(page, "Waiting for its turn: 2 before it.")
+        server.engine.going.set()
+        drawn(page)
+        for stream in streams:
+            stream.close()
 
 
 @pytest.mark.parametrize(
@@ -312,7 +326,7 @@ def test_an_answer_is_stopped(page, server):
     page.locator("#message textarea").press("Enter")
     wait_for(lambda: server.engine.active)
     page.locator("#message button.stop-button").click()
-    wait_for(lambda: server.engine.idle, 5)
+    wait_for(lambda: server.engine.idle, 15)
     page.locator("#chat-status", has_text="Stopped.").wait_for()
 
 
@@ -353,10 +367,11 @@ def test_every_field_and_button_says_what_it_is(page):
     page.get_by_role("button", name="Advanced settings").click()
     for tab in ("Draw", "Chat"):
         page.get_by_role("tab", name=tab).click()
+        # Gradio's box for messages has no label of its own; what it says while it is empty names it.
         nameless = page.evaluate(
             """() => [...document.querySelectorAll('input, textarea, button')]
                 .filter(each => each.offsetParent && !(each.innerText.trim() || each.getAttribute('aria-label') ||
-                    each.labels?.length || each.title || each.placeholder))
+                    each.labels?.length || each.title || each.matches('#message textarea[placeholder]')))
                 .map(each => each.outerHTML)"""
         )
         assert nameless == []

@@ -62,6 +62,7 @@ def serve(
     drain_delay: Annotated[float, typer.Option(min=0, help="Seconds before that in which only /readyz says no.")] = 0.0,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write what is asked into the log.")] = False,
     insecure: Annotated[bool, typer.Option("--insecure", help="Listen on any address without a key.")] = False,
+    page: Annotated[bool, typer.Option(help="Show the web page at the server's address.")] = True,
     ray: RayOption = False,
     replicas: ReplicasOption = None,
     autoscale: AutoscaleOption = None,
@@ -77,25 +78,16 @@ def serve(
 
     spread = Spread(ray, replicas, autoscale, per_replica, ray_address)
     keys = _keys(api_key_file, host, insecure)
-    settings = ServeSettings(
-        model=model,
-        device=device,
-        dtype=dtype,
-        quantize=quantize,
-        compiled=compiled,
-        max_batch=max_batch,
-        max_active=max_active,
-        queue=queue,
-        placement=placement,
-        stage_devices=tuple(stage_device or ()),
-        api_key_file=api_key_file,
-        insecure=not keys,
-        allow_host=(*(allow_host or ()), host),
-        allow_image_domain=tuple(allow_image_domain or ()),
-        log_prompts=log_prompts,
-        drain=drain,
-    )
-    whole = spread.serve(settings, host, port) if ray else _serve_here(settings, keys, host, port, drain_delay)
+    hosts, domains = (*(allow_host or ()), host), tuple(allow_image_domain or ())
+    weights = {"model": model, "device": device, "dtype": dtype, "quantize": quantize, "compiled": compiled}
+    bounds = {"max_batch": max_batch, "max_active": max_active, "queue": queue, "drain": drain}
+    places = {"placement": placement, "stage_devices": tuple(stage_device or ())}
+    doors = {"api_key_file": api_key_file, "insecure": not keys, "allow_host": hosts, "allow_image_domain": domains}
+    settings = ServeSettings(**weights, **bounds, **places, **doors, log_prompts=log_prompts)
+    if ray:
+        whole = spread.serve(settings, host, port)
+    else:
+        whole = _serve_here(settings, keys, host, port, drain_delay, page=page)
     if not whole:
         raise typer.Exit(1)
 
@@ -113,13 +105,19 @@ def _keys(file: Path | None, host: str, insecure: bool) -> ApiKeys:
     return keys
 
 
-def _serve_here(settings: ServeSettings, keys: ApiKeys, host: str, port: int, drain_delay: float) -> bool:
+def _serve_here(
+    settings: ServeSettings, keys: ApiKeys, host: str, port: int, drain_delay: float, *, page: bool
+) -> bool:
     """Serve from this process until a signal; return whether the engine got warm."""
     from latteflow.serve.api.logs import log_as_json
     from latteflow.serve.api.server import serve as run
     from latteflow.serve.deploy.served import served_app
 
     app = served_app(settings, keys)
+    if page:
+        from latteflow.serve.page.page import mount_page
+
+        mount_page(app, keys.accepts)
     log_as_json()
     announce = functools.partial(print, flush=True)
     return run(app, host, port, drain=settings.drain, notice=drain_delay, announce=announce)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import base64
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -108,8 +109,10 @@ class ChatTab:
                 self.message: gr.MultimodalTextbox({"text": "", "files": []}, interactive=False),
                 self.status: shown.status("Waiting for the answer."),
             }
-            async for answer in self._answers(messages, request):
-                yield {**self._show((*before, asked, Turn("assistant", answer))), self.status: ""}
+            # Closed with this generator, not when memory is next tidied: that is what stops the answer.
+            async with aclosing(self._answers(messages, request)) as answers:
+                async for answer in answers:
+                    yield {**self._show((*before, asked, Turn("assistant", answer))), self.status: ""}
             yield {self.message: gr.MultimodalTextbox(interactive=True)}
         except UserError as error:
             yield {
@@ -118,16 +121,17 @@ class ChatTab:
                 self.status: shown.trouble(f"{str(error)[:1].upper()}{str(error)[1:]}."),
             }
 
-    async def _answers(self, messages: Sequence[dict[str, Any]], request: gr.Request) -> AsyncIterator[str]:
+    async def _answers(self, messages: Sequence[dict[str, Any]], request: gr.Request) -> AsyncGenerator[str, None]:
         """Yield the answer as it grows, not too often, and whole at the end."""
         client = client_of(request)
         model = await client.model()
         answer, told = "", 0.0
-        async for words in client.ask(messages, model.name):
-            answer += words
-            if time.monotonic() - told > _PAUSE:
-                told = time.monotonic()
-                yield answer
+        async with aclosing(client.ask(messages, model.name)) as pieces:
+            async for words in pieces:
+                answer += words
+                if time.monotonic() - told > _PAUSE:
+                    told = time.monotonic()
+                    yield answer
         yield answer or "(no words)"
 
     def _show(self, said: tuple[Turn, ...]) -> Update:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -35,6 +35,14 @@ class Model:
 
 
 @dataclass(frozen=True)
+class Queued:
+    """The drawing waits."""
+
+    ahead: int
+    """Drawings before it."""
+
+
+@dataclass(frozen=True)
 class Preview:
     """The picture as it is expected to become."""
 
@@ -48,7 +56,7 @@ class Drawn:
     image: bytes
 
 
-DrawEvent: TypeAlias = Step | Preview | Drawn
+DrawEvent: TypeAlias = Queued | Step | Preview | Drawn
 
 
 class ServerTrouble(UserError):
@@ -78,7 +86,7 @@ class ApiClient:
         shape = listed["latteflow"]
         return Model(listed["id"], shape["size"], shape["size_multiple"], tuple(shape["edges"]))
 
-    async def draw(self, settings: Settings, model: str) -> AsyncIterator[DrawEvent]:
+    async def draw(self, settings: Settings, model: str) -> AsyncGenerator[DrawEvent, None]:
         """Have a picture drawn, and tell of every step; closing the iterator gives the drawing up.
 
         Raises:
@@ -88,6 +96,8 @@ class ApiClient:
         async with self._open("POST", "/v1/images/generations", body) as answer:
             async for event in _events(answer):
                 match event.get("type"):
+                    case "image_generation.queued":
+                        yield Queued(event["latteflow"]["ahead"])
                     case "image_generation.progress":
                         told = event["latteflow"]
                         yield Step(**{name: told[name] for name in ("step", "steps", "group", "t", "seconds", "batch")})
@@ -98,7 +108,7 @@ class ApiClient:
                         return
         raise ServerTrouble("the server ended the drawing without a picture: try again")
 
-    async def ask(self, messages: Sequence[dict[str, Any]], model: str) -> AsyncIterator[str]:
+    async def ask(self, messages: Sequence[dict[str, Any]], model: str) -> AsyncGenerator[str, None]:
         """Have a conversation answered, and return the words as they come.
 
         Raises:

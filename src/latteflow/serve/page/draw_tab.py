@@ -6,6 +6,7 @@ import re
 import secrets
 import time
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import gradio as gr
 
 from latteflow.errors import UserError
 from latteflow.serve.page import shown
-from latteflow.serve.page.client import Drawn, Model, Preview
+from latteflow.serve.page.client import Drawn, Model, Preview, Queued
 from latteflow.serve.page.drawings import Settings, command_line, curl, python, settings_of_picture
 from latteflow.serve.page.shown import Drawing
 from latteflow.serve.page.strip import Step, strip
@@ -127,26 +128,31 @@ class DrawTab:
             model = await client.model()
             made: list[Step] = []
             told, started = 0.0, time.monotonic()
-            async for event in client.draw(settings, model.name):
-                if isinstance(event, Drawn):
-                    drawings = (*drawings, Drawing(settings, event.image))[-_MOST_KEPT:]
-                    seconds = time.monotonic() - started
-                    yield {
-                        **self._show(drawings, len(drawings) - 1, model, request),
-                        self.status: shown.status(f"Done in {seconds:.2f} s, seed {settings.seed}."),
-                        self.strip: strip(made, model.edges),
-                        **self._idle(),
-                    }
-                elif isinstance(event, Preview):
-                    yield {self.picture: shown.picture(event.image, settings, finished=False)}
-                else:
-                    made.append(event)
-                    if time.monotonic() - told > _PAUSE:
-                        told = time.monotonic()
-                        yield {
-                            self.strip: strip(made, model.edges),
-                            self.status: shown.status(f"Step {event.step} of {event.steps}."),
-                        }
+            # Closed with this generator, not when memory is next tidied: that is what stops the drawing.
+            async with aclosing(client.draw(settings, model.name)) as events:
+                async for event in events:
+                    match event:
+                        case Drawn():
+                            drawings = (*drawings, Drawing(settings, event.image))[-_MOST_KEPT:]
+                            seconds = time.monotonic() - started
+                            yield {
+                                **self._show(drawings, len(drawings) - 1, model, request),
+                                self.status: shown.status(f"Done in {seconds:.2f} s, seed {settings.seed}."),
+                                self.strip: strip(made, model.edges),
+                                **self._idle(),
+                            }
+                        case Preview():
+                            yield {self.picture: shown.picture(event.image, settings, finished=False)}
+                        case Queued():
+                            yield {self.status: shown.status(f"Waiting for its turn: {event.ahead} before it.")}
+                        case Step():
+                            made.append(event)
+                            if time.monotonic() - told > _PAUSE:
+                                told = time.monotonic()
+                                yield {
+                                    self.strip: strip(made, model.edges),
+                                    self.status: shown.status(f"Step {event.step} of {event.steps}."),
+                                }
         except UserError as error:
             yield {self.status: shown.trouble(f"{str(error)[:1].upper()}{str(error)[1:]}."), **self._idle()}
 
