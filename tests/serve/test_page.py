@@ -78,7 +78,7 @@ def opened(server, browser):
         page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.goto(server.url)
-        page.get_by_label("Prompt", exact=True).wait_for()
+        page.locator("#title small").wait_for()  # told by the server: before, clicks may be lost
         return page
 
     yield opened
@@ -181,7 +181,7 @@ def begin(page, server, prompt="a red heart"):
 def test_stop_stops(page, server):
     begin(page, server)
     page.get_by_role("button", name="Stop").click()
-    wait_for(lambda: server.engine.idle, 15)
+    wait_for(lambda: server.engine.idle, 10)
     status_says(page, "Stopped.")
     server.engine.step_seconds = 0
     draw(page, "a red heart")
@@ -190,7 +190,7 @@ def test_stop_stops(page, server):
 def test_closing_the_window_stops(page, server):
     begin(page, server)
     page.close()
-    wait_for(lambda: server.engine.idle, 15)
+    wait_for(lambda: server.engine.idle, 10)
 
 
 def test_two_windows_draw_at_the_same_time(opened, server):
@@ -326,7 +326,7 @@ def test_an_answer_is_stopped(page, server):
     page.locator("#message textarea").press("Enter")
     wait_for(lambda: server.engine.active)
     page.locator("#message button.stop-button").click()
-    wait_for(lambda: server.engine.idle, 15)
+    wait_for(lambda: server.engine.idle, 10)
     page.locator("#chat-status", has_text="Stopped.").wait_for()
 
 
@@ -404,6 +404,7 @@ def test_the_page_wants_the_key_as_well(browser):
         with browser.new_context(http_credentials={"username": "me", "password": KEY}) as window:
             page = window.new_page()
             page.goto(server.url)
+            page.locator("#title small").wait_for()
             draw(page, "a red heart")
             page.get_by_role("button", name="Settings, and the same again elsewhere").click()
             shown = page.locator("#as-curl .cm-content").inner_text()
