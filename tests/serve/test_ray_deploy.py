@@ -53,7 +53,7 @@ def test_yaml_says_what_it_means():
     with pytest.raises(ValidationError, match="replica"):
         ServeSettings.model_validate({"replica": 2})
     with pytest.raises(UserError, match="max_batch has to be 1 or more: got 0"):
-        app.build(ServeSettings(max_batch=0, insecure=True))
+        app.build(ServeSettings(max_batch=0, max_ongoing=1, max_queued=1, insecure=True))
 
 
 def test_a_number_of_replicas_or_bounds():
@@ -65,7 +65,8 @@ def test_a_number_of_replicas_or_bounds():
     assert "num_replicas" not in scaled
     scaling = scaled["autoscaling_config"]
     assert (scaling.min_replicas, scaling.max_replicas, scaling.target_ongoing_requests) == (1, 4, 8)
-    assert app._options(ServeSettings(autoscale=(1, 4), target_ongoing=3))["autoscaling_config"] != scaling
+    asked = app._options(ServeSettings(autoscale=(1, 4), target_ongoing=3))
+    assert asked["autoscaling_config"].target_ongoing_requests == 3
 
 
 def test_the_engine_says_that_it_is_full_before_ray_does():
