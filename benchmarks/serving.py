@@ -16,7 +16,9 @@ import json
 import os
 import platform
 import random
+import signal
 import statistics
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -178,12 +180,58 @@ def soak(options: argparse.Namespace) -> list[str]:
     return table(("soak", ""), rows)
 
 
+def kills(options: argparse.Namespace) -> list[str]:
+    """Return what follows when a stage of the group pipeline, or the server itself, gets a signal, idle and at work."""
+    rows = []
+    for number in (signal.SIGTERM, signal.SIGKILL, signal.SIGSTOP):
+        for rate in (0.0, 4.0):
+            with _server(options, "--placement", "pipeline") as server:
+                rows.append(_killed_stage(server, number, rate))
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with _server(options, "--placement", "pipeline") as server:
+            children = server.children()
+            begin = time.perf_counter()
+            code = server.stop(number)
+            seconds = time.perf_counter() - begin
+            time.sleep(2)
+            left = sum(Path(f"/proc/{pid}").exists() for pid in children)
+        rows.append((f"{number.name}, the server, idle", "", "", "", f"exit {code} after {seconds:.1f} s, {left} left"))
+    header = ("signal, to whom, load", "/readyz 503 after", "200 again after", "answers: 200, else", "processes")
+    return table(header, rows)
+
+
+def _killed_stage(server: Served, number: signal.Signals, rate: float) -> tuple[str, ...]:
+    """Send a signal to the second stage and return a row: how long until the server says so, and until it is well."""
+    answers: list[Answer] = []
+    before = server.children()
+    asking = threading.Thread(target=lambda: answers.extend(asyncio.run(_offered(server, rate, 20))))
+    if rate:
+        asking.start()
+        time.sleep(3)
+    os.kill(before[1], number)
+    noticed = server.wait_until(ready=False)
+    well = noticed + server.wait_until(ready=True)
+    if rate:
+        asking.join()
+    answers += asyncio.run(_busy(server, 1, 4))
+    good = sum(answer.status == 200 for answer in answers)
+    alive = sum(Path(f"/proc/{pid}").exists() for pid in before)
+    return (
+        f"{number.name}, a stage, {f'{rate:.0f} pictures a second' if rate else 'idle'}",
+        f"{noticed:.2f} s",
+        f"{well:.2f} s",
+        f"{good}, {len(answers) - good}",
+        f"{len(before)} stages, {alive} of them left, {len(server.children())} now",
+    )
+
+
 PARTS: dict[str, Callable[[argparse.Namespace], list[str]]] = {
     "batching": batching,
     "overhead": overhead,
     "load": load,
     "overload": overload,
     "soak": soak,
+    "kills": kills,
 }
 GIVEN_UP = -1
 """In place of a status: the client itself hung up."""

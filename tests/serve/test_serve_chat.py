@@ -1,6 +1,7 @@
 """Conversations over HTTP, as the official client holds them."""
 
 import base64
+import inspect
 import io
 import json
 
@@ -10,6 +11,7 @@ from fake_engine import ANSWER, noise
 from PIL import Image
 
 import toys
+from latteflow.serve.api.schemas import ChatBody, ImageBody
 
 WORDS = [{"role": "user", "content": "What is this?"}]
 
@@ -71,8 +73,9 @@ def test_a_stream_of_words(client):
     assert [chunk.choices[0].delta.content for chunk in middle] == ANSWER
     assert end.choices[0].finish_reason == "stop"
     assert (usage.choices, usage.usage.total_tokens) == ([], 14)
-    without = list(client.chat.completions.create(model="toy", messages=WORDS, stream=True))
-    assert len(without) == len(chunks) - 1
+    for options in ({}, {"stream_options": {"include_usage": False}}):
+        without = list(client.chat.completions.create(model="toy", messages=WORDS, stream=True, **options))
+        assert len(without) == len(chunks) - 1
 
 
 def test_a_stream_ends_as_clients_expect(http):
@@ -129,6 +132,13 @@ def test_fields_without_effect_are_named(client):
     assert raw.headers["x-latteflow-ignored"] == "frequency_penalty, logprobs, tools, user"
 
 
+def test_every_field_of_the_client_is_known(client):
+    """What OpenAI's newest client can send is honoured, named as without effect, or refused in its own words."""
+    for call, body in ((client.images.generate, ImageBody), (client.chat.completions.create, ChatBody)):
+        options = {"extra_headers", "extra_query", "extra_body", "timeout"}  # of the client itself
+        assert set(inspect.signature(call).parameters) - options <= set(body.model_fields)
+
+
 SYSTEM = [{"role": "system", "content": "x"}]
 BAD = [
     ({"messages": []}, "messages"),
@@ -153,7 +163,7 @@ BAD = [
     ({"modalities": ["audio"]}, "modalities.0"),
     ({"modalities": ["text", "image"]}, "modalities"),
     ({"size": "32x32"}, None),
-    ({"stop": ["\n"]}, "stop"),
+    ({"stop": ["\n"]}, None),
     ({"mm_processor_kwargs": {}}, "mm_processor_kwargs"),
 ]
 

@@ -103,6 +103,8 @@ def resolving(monkeypatch, *addresses):
         "[::1]",
         "[::ffff:127.0.0.1]",
         "me@127.0.0.1",
+        "me@pictures.example",
+        "me:secret@pictures.example",
         "pictures.example@127.0.0.1",
         "127.0.0.1#pictures.example",
         "127.0.0.1\\@pictures.example",
@@ -115,13 +117,15 @@ def resolving(monkeypatch, *addresses):
     ],
 )
 @pytest.mark.parametrize("scheme", ["http", "https", "HTTP", "ftp", "file", "gopher", ""])
-def test_other_hosts_are_never_connected_to(web, host, scheme):
+def test_other_hosts_are_never_connected_to(web, monkeypatch, host, scheme):
+    """Nor looked up."""
+    asked = resolving(monkeypatch, "93.184.216.34")
     url = f"{scheme}://{host}:{web.server_port}/good" if scheme else f"//{host}:{web.server_port}/good"
     with pytest.raises(ApiError) as caught:
         read(url, "pictures.example", f"pictures.example:{web.server_port}")
     assert caught.value.code == "image_url_refused"
     assert str(web.server_port) not in caught.value.message
-    assert web.hits == []
+    assert (asked, web.hits) == ([], [])
 
 
 @pytest.mark.parametrize(
@@ -130,6 +134,7 @@ def test_other_hosts_are_never_connected_to(web, host, scheme):
         "127.0.0.1",
         "::1",
         "::ffff:127.0.0.1",
+        "::ffff:100.64.0.1",
         "0.0.0.0",
         "10.1.2.3",
         "172.16.0.1",

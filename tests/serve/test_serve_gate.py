@@ -122,3 +122,12 @@ def test_a_slow_body_is_not_waited_for(small):
         received = connection.recv(1 << 16)
         assert received.startswith(b"HTTP/1.1 408 ")
         assert time.monotonic() - started > 0.4
+
+
+@pytest.mark.parametrize("length", ["2001", "9" * 30, "99999999999"])
+def test_a_length_is_believed_before_anything_is_sent(small, length):
+    host, port = small.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        head = "POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        connection.sendall(f"{head}Content-Length: {length}\r\n\r\n".encode())
+        assert connection.recv(1 << 16).startswith((b"HTTP/1.1 413 ", b"HTTP/1.1 400 "))

@@ -6,7 +6,7 @@ import functools
 import ipaddress
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -17,7 +17,6 @@ from latteflow.cli.model import (
     DtypeOption,
     ModelOption,
     QuantizeOption,
-    load_pipeline,
 )
 from latteflow.cli.serve_ray import (
     AutoscaleOption,
@@ -52,6 +51,13 @@ def serve(
     max_batch: Annotated[int, typer.Option(help="Pictures that share a forward, at most.")] = 16,
     max_active: Annotated[int, typer.Option(help="Pictures under way, at most.")] = 32,
     queue: Annotated[int, typer.Option(help="Work that may wait, in pictures of 40 guided steps.")] = 64,
+    placement: Annotated[
+        Literal["local", "pipeline", "auto"],
+        typer.Option(help="Steps in this process, in one process a group, or where they cost less."),
+    ] = "local",
+    stage_device: Annotated[
+        list[str] | None, typer.Option(help="Of the pipeline's stages: one for all, or one each, repeated.")
+    ] = None,
     drain: Annotated[float, typer.Option(min=0, help="Seconds for what runs to finish after SIGTERM.")] = 30.0,
     drain_delay: Annotated[float, typer.Option(min=0, help="Seconds before that in which only /readyz says no.")] = 0.0,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write what is asked into the log.")] = False,
@@ -80,6 +86,8 @@ def serve(
         max_batch=max_batch,
         max_active=max_active,
         queue=queue,
+        placement=placement,
+        stage_devices=tuple(stage_device or ()),
         api_key_file=api_key_file,
         insecure=not keys,
         allow_host=(*(allow_host or ()), host),
@@ -107,16 +115,11 @@ def _keys(file: Path | None, host: str, insecure: bool) -> ApiKeys:
 
 def _serve_here(settings: ServeSettings, keys: ApiKeys, host: str, port: int, drain_delay: float) -> bool:
     """Serve from this process until a signal; return whether the engine got warm."""
-    from latteflow.serve.api.app import create_app
     from latteflow.serve.api.logs import log_as_json
-    from latteflow.serve.api.metrics import Metrics
     from latteflow.serve.api.server import serve as run
-    from latteflow.serve.engine.engine import Engine
+    from latteflow.serve.deploy.served import served_app
 
-    engine_settings = settings.engine()
-    pipe = load_pipeline(settings.model, settings.device, settings.dtype, settings.quantize, compiled=settings.compiled)
-    metrics = Metrics()
-    app = create_app(Engine(pipe, engine_settings, observer=metrics), settings.api(keys), metrics)
+    app = served_app(settings, keys)
     log_as_json()
     announce = functools.partial(print, flush=True)
     return run(app, host, port, drain=settings.drain, notice=drain_delay, announce=announce)

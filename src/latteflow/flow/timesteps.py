@@ -44,7 +44,7 @@ def timesteps_of(
         density: "uniform" or "logit_normal".
         mean: Mean of logit(t); above 0 leans towards data. Used by "logit_normal" only.
         std: Spread of logit(t), above 0. Used by "logit_normal" only.
-        uniform_mix: Share of uniform draws, in [0.1, 1] [D]: a logit-normal vanishes at t = 0 and t = 1, yet a solver
+        uniform_mix: Share of uniform draws [D], in [0.1, 1]: a logit-normal vanishes at t = 0 and t = 1, yet a solver
             calls each expert at the very edges of its interval. Used by "logit_normal" only.
 
     Returns:

@@ -13,6 +13,7 @@ from torch import nn
 
 from latteflow.errors import UserError
 from latteflow.models.embedded import resolve_model
+from latteflow.models.lora import own_modules
 from latteflow.models.quantization import is_quantized
 from latteflow.models.saved import require_configs
 from latteflow.models.transformer import LatteFlowTransformer
@@ -45,6 +46,30 @@ def transformer_without_layers(folder: str | Path, dtype: torch.dtype = torch.fl
         for name, _ in list(module.named_parameters(recurse=False)):
             Weight.of(module, name, f"{path}.{name}", files).put_back(torch.device("cpu"))
     return replica.eval()
+
+
+def transformer_of_group(
+    folder: str | Path, group: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> LatteFlowTransformer:
+    """Load a saved pipeline's replica for one group alone: all other layers have no storage.
+
+    Args:
+        folder: of the saved pipeline, or an embedded model's name.
+        group: which group's layers are loaded.
+        dtype: of the weights.
+        device: where they are put.
+
+    Raises:
+        UserError: as ``transformer_without_layers``.
+    """
+    replica = transformer_without_layers(folder, dtype)
+    files, device = weight_files(folder), torch.device(device)
+    for number in replica.layers_of(group):
+        for path, module in own_modules(replica.layers[number], f"layers.{number}"):
+            for name, _ in list(module.named_parameters(recurse=False)):
+                Weight.of(module, name, f"{path}.{name}", files).put_back(device)
+    replica.io.to(device)
+    return replica
 
 
 @dataclass

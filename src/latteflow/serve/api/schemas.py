@@ -88,10 +88,14 @@ class ImageBody(Drawing):
     partial_images: Annotated[int, Field(ge=0, le=3)] | None = None
     progress: bool | None = Field(None, description="With stream: an event a step, saying which expert ran.")
     background: Ignored = None
+    complexity: Ignored = None
+    frame_count: Ignored = None
+    frame_duration_ms: Ignored = None
     moderation: Ignored = None
     quality: Ignored = None
     safety_identifier: Ignored = None
     style: Ignored = None
+    svg: Ignored = None
     user: Ignored = None
 
     @model_validator(mode="after")
@@ -175,16 +179,21 @@ class ChatBody(Drawing):
     top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    stop: Any = Field(None, description="Refused: cut the answer where you like.")
+    audio: Ignored = None
     frequency_penalty: Ignored = None
     function_call: Ignored = None
     functions: Ignored = None
     logit_bias: Ignored = None
     logprobs: Ignored = None
     metadata: Ignored = None
+    moderation: Ignored = None
     parallel_tool_calls: Ignored = None
     prediction: Ignored = None
     presence_penalty: Ignored = None
     prompt_cache_key: Ignored = None
+    prompt_cache_options: Ignored = None
+    prompt_cache_retention: Ignored = None
     reasoning_effort: Ignored = None
     response_format: Ignored = None
     safety_identifier: Ignored = None
@@ -201,6 +210,8 @@ class ChatBody(Drawing):
     def _makes_sense(self) -> Self:
         if self.messages[-1].role != "user":
             raise ValueError("a conversation has to end with a user's message")
+        if self.stop:
+            raise ValueError("stop is not supported: cut the answer where you like")
         if self.max_tokens is not None and self.max_completion_tokens is not None:
             raise ValueError("give max_completion_tokens or max_tokens, not both")
         if sum(len(text) for message in self.messages for text in message.texts()) > _LONGEST_TEXT:

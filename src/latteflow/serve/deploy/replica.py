@@ -9,13 +9,10 @@ from fastapi import FastAPI
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from latteflow.serve.api.app import create_app
 from latteflow.serve.api.keys import ApiKeys
 from latteflow.serve.api.logs import log_as_json
-from latteflow.serve.api.metrics import Metrics
+from latteflow.serve.deploy.served import served_app
 from latteflow.serve.deploy.settings import ServeSettings
-from latteflow.serve.engine.engine import Engine
-from latteflow.serve.loading import load_pipeline
 
 _LOGGER = logging.getLogger("latteflow.serve")
 
@@ -33,11 +30,7 @@ class Replica:
 
     def __init__(self, settings: ServeSettings, keys: ApiKeys) -> None:
         log_as_json()
-        pipe = load_pipeline(
-            settings.model, settings.device, settings.dtype, settings.quantize, compiled=settings.compiled
-        )
-        metrics = Metrics()
-        self._app = create_app(Engine(pipe, settings.engine(), observer=metrics), settings.api(keys), metrics)
+        self._app = served_app(settings, keys)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return _BehindProxy(self._app)

@@ -8,8 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, m
 
 from latteflow.serve.api.keys import ApiKeys
 from latteflow.serve.api.settings import ServerSettings
-from latteflow.serve.engine.settings import EngineSettings
-from latteflow.serve.loading import asked_weights
+from latteflow.serve.engine.settings import EngineSettings, Placement
+from latteflow.serve.loading import asked_weights, fastest_dtype
 
 _SPARE = 16
 """Requests a replica is sent beside those its engine may hold: to say that it is full, and how it is."""
@@ -33,6 +33,10 @@ class ServeSettings(BaseModel):
     max_active: int = _ENGINE.max_active
     queue: int = _ENGINE.max_queued_pictures
     """Work that may wait in one engine, in pictures of the model's own size and 40 guided steps."""
+    placement: Placement = _ENGINE.placement
+    """Where an engine's steps are made (``EngineSettings``)."""
+    stage_devices: tuple[str, ...] = ()
+    """Of a group pipeline's stages."""
 
     api_key_file: Path | None = None
     """Keys, one a line; read where the application is built. They travel to replicas as digests."""
@@ -69,13 +73,25 @@ class ServeSettings(BaseModel):
         """How many replicas there may be."""
         return self.replicas if self.autoscale is None else self.autoscale[1]
 
+    def with_fastest_dtype(self) -> ServeSettings:
+        """Return the settings with a dtype, where none was asked for and another than the model's own is faster."""
+        if self.dtype is not None or self.quantize is not None:
+            return self
+        return self.model_copy(update={"dtype": fastest_dtype(self.model, self.device)})
+
     def engine(self) -> EngineSettings:
         """Return the engine's part.
 
         Raises:
             UserError: a number that cannot be.
         """
-        return EngineSettings(max_batch=self.max_batch, max_active=self.max_active, max_queued_pictures=self.queue)
+        return EngineSettings(
+            max_batch=self.max_batch,
+            max_active=self.max_active,
+            max_queued_pictures=self.queue,
+            placement=self.placement,
+            devices=self.stage_devices,
+        )
 
     def api(self, keys: ApiKeys) -> ServerSettings:
         """Return the API's part."""

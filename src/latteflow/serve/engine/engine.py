@@ -164,8 +164,10 @@ class Engine:
 
     def status(self) -> EngineStatus:
         """Return how things stand."""
+        trouble = self._executor.trouble()
+        closed = self._draining or self._stopping or self._failed is not None
         return EngineStatus(
-            ready=self._warm and not self._draining and not self._stopping and self._failed is None,
+            ready=self._warm and not closed and trouble is None,
             draining=self._draining,
             failed=self._failed,
             silent_for=time.monotonic() - self._turned_at,
@@ -174,6 +176,7 @@ class Engine:
             chats=len(self._queue.chats) + len(self._answers),
             queued_work=self._queue.work,
             retry_after=self._queue.retry_after(),
+            trouble=trouble,
         )
 
     def drain(self, timeout: float) -> bool:

@@ -49,7 +49,7 @@ Outcome: TypeAlias = Stepped | Lost
 
 
 class Executor(Protocol):
-    """What an engine hands prepared pictures to. Only the engine's loop calls it."""
+    """What an engine hands prepared pictures to. Only the engine's loop calls it, but for ``trouble``."""
 
     def add(self, drawing: Drawing) -> None:
         """Take a picture; it advances from now on."""
@@ -59,6 +59,10 @@ class Executor(Protocol):
 
     def advance(self) -> list[Outcome]:
         """Do some of the work, a forward at most, and return what has come of it."""
+        ...
+
+    def trouble(self) -> str | None:
+        """Say why pictures stand still just now; None while they do not. Any thread may ask."""
         ...
 
     def close(self) -> None:
@@ -144,6 +148,10 @@ class LocalExecutor:
             clean=x_t + (1 - t) * v if drawing.wants_preview() else None,
             x_1=drawing.x_t if drawing.finished else None,
         )
+
+    def trouble(self) -> str | None:
+        """Return None: where there is no other process, there is none to be down."""
+        return None
 
     def close(self) -> None:
         """Give up what is under way."""

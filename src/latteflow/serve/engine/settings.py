@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol, TypeAlias, get_args
 
 from latteflow.errors import UserError
+
+Placement: TypeAlias = Literal["local", "pipeline", "auto"]
 
 
 @dataclass(frozen=True)
@@ -30,11 +32,22 @@ class EngineSettings:
     """Forwards that may pass a picture over before its turn comes, however few share it."""
     deterministic: bool = False
     """Pad every forward to ``max_batch``: a picture has the same bits whatever shares its forwards, and costs more."""
+    placement: Placement = "local"
+    """Steps are made in the engine's process; in one process for each expert group; or where a measured cost model
+    (serve/executors/placement.py) says that pictures are done sooner. ``build_executor`` reads it."""
+    devices: tuple[str, ...] = ()
+    """Of the pipeline's stages, one for each group or one for all; left out, where the model is."""
+    load: float = 0.7
+    """Share of the throughput that "auto" chooses for, in (0, 1)."""
 
     def __post_init__(self) -> None:
         for name in ("max_batch", "max_active", "max_queued_pictures", "max_chats", "max_queued_chats", "patience"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} has to be 1 or more: got {getattr(self, name)}")
+        if self.placement not in get_args(Placement):
+            raise UserError(f"placement is {', '.join(get_args(Placement))}: got {self.placement!r}")
+        if not 0 < self.load < 1:
+            raise UserError(f"load has to be above 0 and below 1: got {self.load}")
 
 
 @dataclass(frozen=True)
@@ -58,6 +71,8 @@ class EngineStatus:
     """Step-tokens waiting."""
     retry_after: float
     """Seconds until what waits is done, as fast as things went lately."""
+    trouble: str | None = None
+    """Why pictures stand still just now, though they will go on; None while they do not."""
 
 
 class Observer(Protocol):
