@@ -33,13 +33,15 @@ def batch(
 
     from latteflow.serve.deploy.batch import BatchWork, draw_batch
     from latteflow.serve.deploy.prompt_rows import read_rows
-    from latteflow.serve.loading import check_asked
+    from latteflow.serve.loading import check_asked, found_anywhere
 
     if workers and not ray:
         raise UserError("--workers is for Ray: give --ray too, or leave it out")
     check_asked(model, dtype)
     rows, bad = read_rows(prompts, seed)
-    work = BatchWork(out.absolute(), rows, model, steps, guidance, device, dtype, batch_size, shard_size)
+    work = BatchWork(
+        out.absolute(), rows, found_anywhere(model), steps, guidance, device, dtype, batch_size, shard_size
+    )
     columns = (TextColumn("pictures"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     try:
         with Progress(*columns, console=Console(stderr=True)) as bar:

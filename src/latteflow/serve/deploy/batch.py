@@ -135,7 +135,8 @@ class BatchWork:
             guidance_scale=self.guidance_scale,
             generator=[torch.Generator().manual_seed(row.seed) for row in rows],
         ).images
-        common = {"steps": self.steps, "guidance": self.guidance_scale, "model": self.model, "negative_prompt": ""}
+        common = {"steps": self.steps, "guidance": self.guidance_scale, "negative_prompt": ""}
+        common["model"] = Path(self.model).resolve().name if Path(self.model).exists() else self.model
         common |= asked_weights(self.dtype, None)
         for row, image in zip(rows, images, strict=True):
             file = folder / f"{row.row:08d}.png"
