@@ -39,6 +39,8 @@ def test_others_are_not_let_in_without_a_key(latteflow, host, ray, monkeypatch):
         (["--replicas", "2"], "--replicas is for replicas on Ray: give --ray too"),
         (["--autoscale", "1:2"], "--autoscale is for replicas on Ray: give --ray too"),
         (["--per-replica", "CPU=1"], "--per-replica is for replicas on Ray: give --ray too"),
+        (["--per-stage", "CPU=1"], "--per-stage is for replicas on Ray: give --ray too"),
+        (["--ray", "--per-stage", "CPU=1"], "--per-stage is for a group pipeline: give --placement pipeline"),
         (["--ray-address", "auto"], "--ray-address is for replicas on Ray: give --ray too"),
         (["--ray", "--replicas", "2", "--autoscale", "1:2"], "--replicas and --autoscale exclude each other"),
         (["--ray", "--autoscale", "2:1"], "--autoscale 2:1 is not of the form MIN:MAX"),

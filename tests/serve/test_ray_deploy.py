@@ -20,6 +20,7 @@ pytest.importorskip("ray")
 from latteflow.serve.deploy import app, cluster
 from latteflow.serve.deploy.replica import Replica, _BehindProxy
 from latteflow.serve.deploy.settings import ServeSettings
+from latteflow.serve.loading import found_anywhere
 
 KEY = "a-key-that-is-long-enough"
 
@@ -50,10 +51,12 @@ def test_yaml_says_what_it_means():
     assert settings.most_replicas == 4
     with pytest.raises(ValidationError, match="autoscale goes from the fewest to the most replicas"):
         ServeSettings.model_validate({"autoscale": [4, 1]})
+    with pytest.raises(ValidationError, match="per_stage is for a group pipeline"):
+        ServeSettings.model_validate({"per_stage": {"CPU": 1}})
     with pytest.raises(ValidationError, match="replica"):
         ServeSettings.model_validate({"replica": 2})
     with pytest.raises(UserError, match="max_batch has to be 1 or more: got 0"):
-        app.build(ServeSettings(max_batch=0, insecure=True))
+        app.build(ServeSettings(max_batch=0, max_ongoing=1, max_queued=1, insecure=True))
 
 
 def test_a_number_of_replicas_or_bounds():
@@ -65,7 +68,8 @@ def test_a_number_of_replicas_or_bounds():
     assert "num_replicas" not in scaled
     scaling = scaled["autoscaling_config"]
     assert (scaling.min_replicas, scaling.max_replicas, scaling.target_ongoing_requests) == (1, 4, 8)
-    assert app._options(ServeSettings(autoscale=(1, 4), target_ongoing=3))["autoscaling_config"] != scaling
+    asked = app._options(ServeSettings(autoscale=(1, 4), target_ongoing=3))
+    assert asked["autoscaling_config"].target_ongoing_requests == 3
 
 
 def test_the_engine_says_that_it_is_full_before_ray_does():
@@ -192,3 +196,16 @@ def test_a_taken_port_is_not_shared():
 def test_settings_are_plain_values():
     settings = ServeSettings(autoscale=(1, 2), allow_host=("pictures.example",))
     assert ServeSettings.model_validate(json.loads(settings.model_dump_json())) == settings
+
+
+def test_a_ray_of_its_own_has_room_for_all(saved_pipeline):
+    assert cluster._processors(ServeSettings(replicas=3, per_replica={"CPU": 1.5})) == 5
+    piped = ServeSettings(model=str(saved_pipeline), autoscale=(1, 2), placement="pipeline", per_stage={"CPU": 2})
+    assert cluster._processors(piped) == 2 * (1 + 2 * 2)
+
+
+def test_a_folder_is_found_from_everywhere(saved_pipeline, monkeypatch):
+    monkeypatch.chdir(saved_pipeline.parent)
+    assert found_anywhere(saved_pipeline.name) == str(saved_pipeline)
+    assert found_anywhere("owner/name") == "owner/name"
+    assert found_anywhere("emoji-64") == "emoji-64"

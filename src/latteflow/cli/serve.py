@@ -21,6 +21,7 @@ from latteflow.cli.model import (
 from latteflow.cli.serve_ray import (
     AutoscaleOption,
     PerReplicaOption,
+    PerStageOption,
     RayAddressOption,
     RayOption,
     ReplicasOption,
@@ -32,6 +33,15 @@ if TYPE_CHECKING:
     from latteflow.serve.api.keys import ApiKeys
     from latteflow.serve.deploy.settings import ServeSettings
 
+KeyFileOption = Annotated[Path | None, typer.Option(help="Keys, one a line; more in the variable LATTEFLOW_API_KEYS.")]
+PlacementOption = Annotated[
+    Literal["local", "pipeline", "auto"],
+    typer.Option(help="Steps in this process, in one process a group, or where they cost less."),
+]
+StageDeviceOption = Annotated[
+    list[str] | None, typer.Option(help="Of the pipeline's stages: one for all, or one each, repeated.")
+]
+
 
 def serve(
     model: ModelOption = DEFAULT_MODEL,
@@ -39,9 +49,7 @@ def serve(
         "127.0.0.1"
     ),
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any that is free.")] = 8000,
-    api_key_file: Annotated[
-        Path | None, typer.Option(help="Keys, one a line; more in the variable LATTEFLOW_API_KEYS.")
-    ] = None,
+    api_key_file: KeyFileOption = None,
     allow_host: Annotated[
         list[str] | None, typer.Option(help="A name that clients call this server by; * for any. Can be repeated.")
     ] = None,
@@ -51,13 +59,8 @@ def serve(
     max_batch: Annotated[int, typer.Option(help="Pictures that share a forward, at most.")] = 16,
     max_active: Annotated[int, typer.Option(help="Pictures under way, at most.")] = 32,
     queue: Annotated[int, typer.Option(help="Work that may wait, in pictures of 40 guided steps.")] = 64,
-    placement: Annotated[
-        Literal["local", "pipeline", "auto"],
-        typer.Option(help="Steps in this process, in one process a group, or where they cost less."),
-    ] = "local",
-    stage_device: Annotated[
-        list[str] | None, typer.Option(help="Of the pipeline's stages: one for all, or one each, repeated.")
-    ] = None,
+    placement: PlacementOption = "local",
+    stage_device: StageDeviceOption = None,
     drain: Annotated[float, typer.Option(min=0, help="Seconds for what runs to finish after SIGTERM.")] = 30.0,
     drain_delay: Annotated[float, typer.Option(min=0, help="Seconds before that in which only /readyz says no.")] = 0.0,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write what is asked into the log.")] = False,
@@ -67,6 +70,7 @@ def serve(
     replicas: ReplicasOption = None,
     autoscale: AutoscaleOption = None,
     per_replica: PerReplicaOption = None,
+    per_stage: PerStageOption = None,
     ray_address: RayAddressOption = None,
     compiled: CompileOption = False,
     device: DeviceOption = None,
@@ -76,7 +80,7 @@ def serve(
     """Serve a model over HTTP, as OpenAI's clients ask."""
     from latteflow.serve.deploy.settings import ServeSettings
 
-    spread = Spread(ray, replicas, autoscale, per_replica, ray_address)
+    spread = Spread(ray, replicas, autoscale, per_replica, per_stage, ray_address)
     keys = _keys(api_key_file, host, insecure)
     hosts, domains = (*(allow_host or ()), host), tuple(allow_image_domain or ())
     weights = {"model": model, "device": device, "dtype": dtype, "quantize": quantize, "compiled": compiled}

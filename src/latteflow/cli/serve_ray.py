@@ -22,6 +22,10 @@ AutoscaleOption = Annotated[
 PerReplicaOption = Annotated[
     str | None, typer.Option(help="With --ray: what a replica takes, such as CPU=4,GPU=1; left out, CPU=1.")
 ]
+PerStageOption = Annotated[
+    str | None,
+    typer.Option(help="With --ray and a pipeline: a group is an actor of its own, on any machine, and takes this."),
+]
 RayAddressOption = Annotated[
     str | None,
     typer.Option(help="With --ray: a cluster to join, such as auto; left out, RAY_ADDRESS, or a Ray of its own."),
@@ -40,6 +44,7 @@ class Spread:
     replicas: int | None
     autoscale: str | None
     per_replica: str | None
+    per_stage: str | None
     address: str | None
 
     def __post_init__(self) -> None:
@@ -47,6 +52,7 @@ class Spread:
             "--replicas": self.replicas,
             "--autoscale": self.autoscale,
             "--per-replica": self.per_replica,
+            "--per-stage": self.per_stage,
             "--ray-address": self.address,
         }
         for option, value in given.items():
@@ -64,6 +70,10 @@ class Spread:
             asked["autoscale"] = _bounds(self.autoscale)
         if self.per_replica is not None:
             asked["per_replica"] = read_resources(self.per_replica, "--per-replica")
+        if self.per_stage is not None:
+            if settings.placement == "local":
+                raise UserError("--per-stage is for a group pipeline: give --placement pipeline, or auto")
+            asked["per_stage"] = read_resources(self.per_stage, "--per-stage")
         announce = functools.partial(print, flush=True)
         return serve_on_ray(settings.model_copy(update=asked), host, port, address=self.address, announce=announce)
 

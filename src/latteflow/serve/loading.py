@@ -108,6 +108,13 @@ def check_asked(model: str, dtype: str | None) -> None:
         raise UserError(_no_model(model, embedded))
 
 
+def found_anywhere(model: str) -> str:
+    """Return a model as a process that runs in another folder finds it."""
+    from latteflow.models.embedded import embedded_models
+
+    return model if model in embedded_models() or not Path(model).exists() else str(Path(model).absolute())
+
+
 def asked_weights(dtype: str | None, quantize: str | None) -> dict[str, object]:
     """Return what a picture's record says of the weights: nothing, if they were what they are by default."""
     return {name: value for name, value in {"dtype": dtype, "quantize": quantize}.items() if value is not None}

@@ -11,14 +11,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from ray import serve
 from ray.serve.config import ProxyLocation
 
 from latteflow.errors import UserError
+from latteflow.models.embedded import resolve_model
+from latteflow.models.transformer import LatteFlowTransformer
 from latteflow.serve.deploy.app import build
 from latteflow.serve.deploy.settings import ServeSettings
-from latteflow.serve.loading import check_asked
+from latteflow.serve.loading import check_asked, found_anywhere
 from latteflow.train.encode_ray import having_ray
 
 _NAME = "latteflow"
@@ -46,11 +49,11 @@ def serve_on_ray(
     """
     check_asked(settings.model, settings.dtype)
     settings.engine()
+    settings = settings.model_copy(update={"model": found_anywhere(settings.model)})
     joining = address or os.environ.get("RAY_ADDRESS")
     port = port if joining and port else _free_port(host, port)
-    processors = math.ceil(settings.most_replicas * settings.per_replica.get("CPU", 1.0))
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    with having_ray(processors, address):
+    with having_ray(_processors(settings), address):
         _deploy(settings, host, port)
         with _asked_to_leave() as asked:
             announce(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
@@ -59,6 +62,15 @@ def serve_on_ray(
             whole = _drained(settings.drain, asked)
         serve.shutdown()
     return whole
+
+
+def _processors(settings: ServeSettings) -> int:
+    """Return how many a Ray of its own has to have, for all replicas and their stages."""
+    each = settings.per_replica.get("CPU", 1.0)
+    if settings.per_stage is not None:
+        config: Any = LatteFlowTransformer.load_config(resolve_model(settings.model), subfolder="transformer")
+        each += config["num_groups"] * settings.per_stage.get("CPU", 0.0)
+    return math.ceil(settings.most_replicas * each)
 
 
 def _deploy(settings: ServeSettings, host: str, port: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from functools import partial
 
 from fastapi import FastAPI
 from starlette.datastructures import MutableHeaders
@@ -13,6 +14,8 @@ from latteflow.serve.api.keys import ApiKeys
 from latteflow.serve.api.logs import log_as_json
 from latteflow.serve.deploy.served import served_app
 from latteflow.serve.deploy.settings import ServeSettings
+from latteflow.serve.deploy.stage_actor import StageActor
+from latteflow.serve.executors.stage_process import StageProcess
 
 _LOGGER = logging.getLogger("latteflow.serve")
 
@@ -30,7 +33,8 @@ class Replica:
 
     def __init__(self, settings: ServeSettings, keys: ApiKeys) -> None:
         log_as_json()
-        self._app = served_app(settings, keys)
+        start = StageProcess if settings.per_stage is None else partial(StageActor, needs=settings.per_stage)
+        self._app = served_app(settings, keys, start)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return _BehindProxy(self._app)

@@ -53,6 +53,9 @@ class ServeSettings(BaseModel):
     """Requests a replica should have under way, for autoscaling; left out, as many as share a forward."""
     per_replica: dict[str, PositiveFloat] = {"CPU": 1}
     """What a replica takes of Ray's resources, such as ``{"CPU": 4, "GPU": 1}``."""
+    per_stage: dict[str, PositiveFloat] | None = None
+    """What a stage of a replica's group pipeline takes, as an actor of its own, on any machine; left out, stages are
+    processes beside the replica, and part of what it takes."""
     max_ongoing: PositiveInt | None = None
     """Requests that Ray sends to a replica at a time; left out, some more than its engine holds, so that it is the
     engine which says that it is full, in OpenAI's words."""
@@ -63,9 +66,11 @@ class ServeSettings(BaseModel):
     """Seconds for what runs to finish when a replica is stopped."""
 
     @model_validator(mode="after")
-    def _ascending(self) -> ServeSettings:
+    def _consistent(self) -> ServeSettings:
         if self.autoscale is not None and self.autoscale[0] > self.autoscale[1]:
             raise ValueError(f"autoscale goes from the fewest to the most replicas: got {self.autoscale}")
+        if self.per_stage is not None and self.placement == "local":
+            raise ValueError("per_stage is for a group pipeline: set placement to pipeline or auto")
         return self
 
     @property
