@@ -40,9 +40,13 @@ REQUIREMENTS = [
 ]
 CALLERS = {"aiohttp", "ftplib", "httpx", "httpx2", "requests", "smtplib", "socket", "telnetlib", "urllib", "urllib3"}
 """Packages that talk to the network by themselves: pictures, prompts and weights are nobody else's business."""
-FETCH = ["src/latteflow/serve/api/fetch.py: httpx", "src/latteflow/serve/page/client.py: httpx"]
+FETCH = [
+    "src/latteflow/serve/api/fetch.py: httpx",
+    "src/latteflow/serve/deploy/cluster.py: socket",
+    "src/latteflow/serve/page/client.py: httpx",
+]
 """The exceptions: pictures that a server's client names, from domains that its owner names, none by default; and the
-page, which asks the server that it is part of."""
+page, which asks the server that it is part of; and a look whether a port is free, before Ray takes it."""
 
 
 def python(code: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -153,7 +157,7 @@ import importlib, io, os, sys, warnings
 import torch, transformers, diffusers
 from diffusers import AutoencoderDC, DiffusionPipeline
 from transformers import Qwen2VLForConditionalGeneration
-for extra in ("accelerate", "peft", "pyarrow"):
+for extra in ("accelerate", "gradio", "peft", "pyarrow", "ray.serve"):
     try:
         importlib.import_module(extra)
     except ImportError:

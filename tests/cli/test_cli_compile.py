@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -34,7 +35,21 @@ def words_of(saved_pipeline, toy_set, tmp_path, monkeypatch):
     return {
         "generate": ["generate", "red", "--out", "red.png", "--steps", 2, "--model", model],
         "chat": ["chat", "--steps", 2, "--model", model],
-        "evaluate": ["evaluate", model, "--data", toy_set, "--drawings", 2, "--steps", 2, "--seeds", 1, "--json"],
+        "evaluate": [
+            "evaluate",
+            model,
+            "--data",
+            toy_set,
+            "--drawings",
+            2,
+            "--steps",
+            2,
+            "--seeds",
+            1,
+            "--json",
+            "--out",
+            "out",
+        ],
     }
 
 
@@ -50,6 +65,8 @@ def test_what_draws_draws_compiled(latteflow, compiled, words_of, verb):
     if verb == "evaluate":
         told = [json.loads(one.out)["conditions"]["compiled"] for one in (plain, outcome)]
         assert told == [False, True]
+        record = json.loads(Path("out/evaluation.json").read_text())
+        assert (record["config"]["compile"], record["environment"]["compiled"]) == (True, True)
 
 
 def test_what_draws_nothing_is_not_compiled(latteflow):

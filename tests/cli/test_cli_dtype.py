@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from latteflow.cli.model import fastest_dtype
+from latteflow.serve.loading import fastest_dtype
 
 NATIVE = {"avx512_bf16": True, "amx_bf16": False}
 

@@ -21,9 +21,10 @@ DRAW = {"prompt": "a private thing", "steps": 2}
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.7", "pictures.example", "127.0.0.1.example"])
-def test_others_are_not_let_in_without_a_key(latteflow, host, monkeypatch):
+@pytest.mark.parametrize("ray", [[], ["--ray"]])
+def test_others_are_not_let_in_without_a_key(latteflow, host, ray, monkeypatch):
     monkeypatch.delenv("LATTEFLOW_API_KEYS", raising=False)
-    message = latteflow("serve", "--host", host).mistake
+    message = latteflow("serve", *ray, "--host", host).mistake
     assert f"--host {host} can be reached by others: give --api-key-file or LATTEFLOW_API_KEYS" in message
 
 
@@ -35,6 +36,19 @@ def test_others_are_not_let_in_without_a_key(latteflow, host, monkeypatch):
         (["--max-batch", "0"], "max_batch has to be 1 or more: got 0"),
         (["--queue", "-1"], "max_queued_pictures has to be 1 or more: got -1"),
         (["--dtype", "int3"], "there is no dtype 'int3'"),
+        (["--replicas", "2"], "--replicas is for replicas on Ray: give --ray too"),
+        (["--autoscale", "1:2"], "--autoscale is for replicas on Ray: give --ray too"),
+        (["--per-replica", "CPU=1"], "--per-replica is for replicas on Ray: give --ray too"),
+        (["--per-stage", "CPU=1"], "--per-stage is for replicas on Ray: give --ray too"),
+        (["--ray", "--per-stage", "CPU=1"], "--per-stage is for a group pipeline: give --placement pipeline"),
+        (["--ray-address", "auto"], "--ray-address is for replicas on Ray: give --ray too"),
+        (["--ray", "--replicas", "2", "--autoscale", "1:2"], "--replicas and --autoscale exclude each other"),
+        (["--ray", "--autoscale", "2:1"], "--autoscale 2:1 is not of the form MIN:MAX"),
+        (["--ray", "--autoscale", "2"], "--autoscale 2 is not of the form MIN:MAX"),
+        (["--ray", "--per-replica", "CPU"], "--per-replica CPU is not of the form CPU=4,GPU=1"),
+        (["--ray", "--model", "nonsense"], "no model 'nonsense'"),
+        (["--ray", "--dtype", "int3"], "there is no dtype 'int3'"),
+        (["--ray", "--max-batch", "0"], "max_batch has to be 1 or more: got 0"),
     ],
 )
 def test_a_mistake_is_one_line(latteflow, words, message):

@@ -185,8 +185,8 @@ def test_the_held_out_questions_are_answered_alike(toy_set, model_folder):
 def test_another_backbone_shows(toy_set, model_folder, monkeypatch):
     whole = understanding.backbone_alone
 
-    def changed(model):
-        backbone, processor = whole(model)
+    def changed(model, dtype):
+        backbone, processor = whole(model, dtype)
         return toys.shake(backbone, toys.seeded(5), 0.5), processor
 
     monkeypatch.setattr(understanding, "backbone_alone", changed)

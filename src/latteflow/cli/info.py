@@ -9,6 +9,7 @@ import typer
 
 from latteflow.cli.model import DEFAULT_MODEL, DtypeOption, ModelOption, QuantizeOption, load_pipeline
 from latteflow.errors import UserError
+from latteflow.evaluate.numbers import short
 
 
 def info(
@@ -55,14 +56,14 @@ def _print_model(model: str, steps: int, dtype: str | None, quantize: str | None
         "experts": f"{cost.groups} groups of {cost.layers_per_step} layers, edges "
         + ", ".join(f"{edge:g}" for edge in pipe.transformer.intervals.edges),
         "residual attention": config.residual_attention,
-        "parameters": f"{_short(cost.total_parameters)}: "
-        + ", ".join(f"{name} {_short(number)}" for name, number in cost.parameters.items()),
-        "frozen / trainable": f"{_short(cost.frozen_parameters)} / {_short(cost.trainable_parameters)}",
-        "active a step": f"{_short(cost.active_parameters)} of the replica's {_short(cost.trainable_parameters)}",
-        "operations a step": f"{_short(cost.flops_per_step)}FLOP (guided, prompt of {cost.prompt_tokens} tokens)",
-        "operations an image": f"{_short(cost.flops_per_image)}FLOP ({steps} steps, prefill and decoder included)",
-        "context a prompt": f"{_short(cost.context_bytes)}B",
-        "weights in memory": f"{_short(cost.weight_bytes)}B ({cost.dtype}"
+        "parameters": f"{short(cost.total_parameters)}: "
+        + ", ".join(f"{name} {short(number)}" for name, number in cost.parameters.items()),
+        "frozen / trainable": f"{short(cost.frozen_parameters)} / {short(cost.trainable_parameters)}",
+        "active a step": f"{short(cost.active_parameters)} of the replica's {short(cost.trainable_parameters)}",
+        "operations a step": f"{short(cost.flops_per_step)}FLOP (guided, prompt of {cost.prompt_tokens} tokens)",
+        "operations an image": f"{short(cost.flops_per_image)}FLOP ({steps} steps, prefill and decoder included)",
+        "context a prompt": f"{short(cost.context_bytes)}B",
+        "weights in memory": f"{short(cost.weight_bytes)}B ({cost.dtype}"
         + (f", matrices {cost.quantization})" if cost.quantization else ")"),
     }
     _print_rows(model, rows)
@@ -85,14 +86,14 @@ def _print_presets(name: str, size: int | None, steps: int, *, as_json: bool) ->
 def _preset_rows(figures: dict[str, Any]) -> dict[str, str]:
     side, tokens, batch = figures["picture_size_pixels"], figures["image_tokens"], figures["training_batch"]
     inference, full, lora = (figures[f"{kind}_memory"] for kind in ("inference", "full_training", "lora_training"))
-    numbers = {name: _short(number) for name, number in figures.items() if isinstance(number, int | float)}
+    numbers = {name: short(number) for name, number in figures.items() if isinstance(number, int | float)}
     return {
         "backbone": figures["hub_id"],
         "autoencoder": figures["autoencoder"],
         "picture": f"{side}x{side}, {tokens} tokens",
         "experts": f"{figures['groups']} groups of {figures['layers_per_step']} layers",
         "parameters": f"{numbers['total_parameters']}: "
-        + ", ".join(f"{name} {_short(number)}" for name, number in figures["parameters"].items()),
+        + ", ".join(f"{name} {short(number)}" for name, number in figures["parameters"].items()),
         "frozen / trainable": f"{numbers['frozen_parameters']} / {numbers['trainable_parameters']}; "
         f"LoRA of rank {figures['lora_rank']}: {numbers['lora_parameters']}",
         "active a step": f"{numbers['active_parameters']} of the replica's {numbers['trainable_parameters']}",
@@ -100,10 +101,10 @@ def _preset_rows(figures: dict[str, Any]) -> dict[str, str]:
         "operations an image": f"{numbers['image_flops']}FLOP ({figures['steps']} steps; prefill "
         f"{numbers['prefill_flops']}, decoder {numbers['decode_flops']})",
         "context a token": f"{numbers['context_token_bytes']}B",
-        "peak to draw": f"{_short(inference['peak_bytes'])}B ({figures['dtype']}, weights "
-        f"{_short(inference['weight_bytes'])}B)",
-        "peak to train": f"{_short(full['peak_bytes'])}B, LoRA {_short(lora['peak_bytes'])}B ({batch} samples a step, "
-        f"{_short(full['activation_sample_bytes'])}B a sample)",
+        "peak to draw": f"{short(inference['peak_bytes'])}B ({figures['dtype']}, weights "
+        f"{short(inference['weight_bytes'])}B)",
+        "peak to train": f"{short(full['peak_bytes'])}B, LoRA {short(lora['peak_bytes'])}B ({batch} samples a step, "
+        f"{short(full['activation_sample_bytes'])}B a sample)",
     }
 
 
@@ -118,16 +119,16 @@ def _print_table(figures: list[dict[str, Any]]) -> None:
     columns = {
         "preset": lambda f: f["preset"],
         "K x M": lambda f: f"{f['groups']} x {f['layers_per_step']}",
-        "parameters": lambda f: _short(f["total_parameters"]),
-        "frozen": lambda f: _short(f["frozen_parameters"]),
-        "trainable": lambda f: _short(f["trainable_parameters"]),
-        "active a step": lambda f: _short(f["active_parameters"]),
-        "FLOP a step": lambda f: _short(f["step_flops"]),
-        "FLOP an image": lambda f: _short(f["image_flops"]),
-        "context a token": lambda f: _short(f["context_token_bytes"]) + "B",
-        "peak to draw": lambda f: _short(f["inference_memory"]["peak_bytes"]) + "B",
-        "to train": lambda f: _short(f["full_training_memory"]["peak_bytes"]) + "B",
-        "to train LoRA": lambda f: _short(f["lora_training_memory"]["peak_bytes"]) + "B",
+        "parameters": lambda f: short(f["total_parameters"]),
+        "frozen": lambda f: short(f["frozen_parameters"]),
+        "trainable": lambda f: short(f["trainable_parameters"]),
+        "active a step": lambda f: short(f["active_parameters"]),
+        "FLOP a step": lambda f: short(f["step_flops"]),
+        "FLOP an image": lambda f: short(f["image_flops"]),
+        "context a token": lambda f: short(f["context_token_bytes"]) + "B",
+        "peak to draw": lambda f: short(f["inference_memory"]["peak_bytes"]) + "B",
+        "to train": lambda f: short(f["full_training_memory"]["peak_bytes"]) + "B",
+        "to train LoRA": lambda f: short(f["lora_training_memory"]["peak_bytes"]) + "B",
     }
     print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
     for one in figures:
@@ -138,11 +139,3 @@ def _print_rows(title: str, rows: dict[str, str]) -> None:
     print(title)
     for name, value in rows.items():
         print(f"  {name:<20} {value}")
-
-
-def _short(number: float) -> str:
-    for unit in ("", "k", "M", "G", "T"):
-        if number < 1000:
-            return f"{number:.3g}{unit}"
-        number /= 1000
-    return f"{number:.3g}P"

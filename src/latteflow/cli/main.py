@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from latteflow.cli.ask import ask
+from latteflow.cli.batch import batch
 from latteflow.cli.benchmark import benchmark
 from latteflow.cli.chat import chat
 from latteflow.cli.data import data
@@ -57,7 +58,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for _verb in (generate, ask, chat, info, data, encode, train, merge, evaluate, benchmark, serve):
+for _verb in (generate, batch, ask, chat, info, data, encode, train, merge, evaluate, benchmark, serve):
     app.command()(_verb)
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -16,18 +17,30 @@ from latteflow.cli.model import (
     DtypeOption,
     ModelOption,
     QuantizeOption,
-    asked_weights,
-    fastest_dtype,
-    load_pipeline,
+)
+from latteflow.cli.serve_ray import (
+    AutoscaleOption,
+    PerReplicaOption,
+    PerStageOption,
+    RayAddressOption,
+    RayOption,
+    ReplicasOption,
+    Spread,
 )
 from latteflow.errors import UserError
 
 if TYPE_CHECKING:
-    from fastapi import FastAPI
-
     from latteflow.serve.api.keys import ApiKeys
+    from latteflow.serve.deploy.settings import ServeSettings
 
-_KEYS_VARIABLE = "LATTEFLOW_API_KEYS"
+KeyFileOption = Annotated[Path | None, typer.Option(help="Keys, one a line; more in the variable LATTEFLOW_API_KEYS.")]
+PlacementOption = Annotated[
+    Literal["local", "pipeline", "auto"],
+    typer.Option(help="Steps in this process, in one process a group, or where they cost less."),
+]
+StageDeviceOption = Annotated[
+    list[str] | None, typer.Option(help="Of the pipeline's stages: one for all, or one each, repeated.")
+]
 
 
 def serve(
@@ -36,9 +49,7 @@ def serve(
         "127.0.0.1"
     ),
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any that is free.")] = 8000,
-    api_key_file: Annotated[
-        Path | None, typer.Option(help=f"Keys, one a line; more in the variable {_KEYS_VARIABLE}.")
-    ] = None,
+    api_key_file: KeyFileOption = None,
     allow_host: Annotated[
         list[str] | None, typer.Option(help="A name that clients call this server by; * for any. Can be repeated.")
     ] = None,
@@ -48,62 +59,72 @@ def serve(
     max_batch: Annotated[int, typer.Option(help="Pictures that share a forward, at most.")] = 16,
     max_active: Annotated[int, typer.Option(help="Pictures under way, at most.")] = 32,
     queue: Annotated[int, typer.Option(help="Work that may wait, in pictures of 40 guided steps.")] = 64,
+    placement: PlacementOption = "local",
+    stage_device: StageDeviceOption = None,
     drain: Annotated[float, typer.Option(min=0, help="Seconds for what runs to finish after SIGTERM.")] = 30.0,
     drain_delay: Annotated[float, typer.Option(min=0, help="Seconds before that in which only /readyz says no.")] = 0.0,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write what is asked into the log.")] = False,
     insecure: Annotated[bool, typer.Option("--insecure", help="Listen on any address without a key.")] = False,
     page: Annotated[bool, typer.Option(help="Show the web page at the server's address.")] = True,
+    ray: RayOption = False,
+    replicas: ReplicasOption = None,
+    autoscale: AutoscaleOption = None,
+    per_replica: PerReplicaOption = None,
+    per_stage: PerStageOption = None,
+    ray_address: RayAddressOption = None,
     compiled: CompileOption = False,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     quantize: QuantizeOption = None,
 ) -> None:
     """Serve a model over HTTP, as OpenAI's clients ask."""
-    from latteflow.serve.api.app import create_app
-    from latteflow.serve.api.logs import log_as_json
-    from latteflow.serve.api.metrics import Metrics
-    from latteflow.serve.api.server import serve as run
-    from latteflow.serve.api.settings import ServerSettings
-    from latteflow.serve.engine.engine import Engine
-    from latteflow.serve.engine.settings import EngineSettings
+    from latteflow.serve.deploy.settings import ServeSettings
 
-    dtype = dtype or (None if quantize else fastest_dtype(model, device))
-    keys = _keys(host, api_key_file, insecure=insecure)
-    bounds = EngineSettings(max_batch=max_batch, max_active=max_active, max_queued_pictures=queue)
-    settings = ServerSettings(
-        model=Path(model).resolve().name if Path(model).exists() else model,
-        weights=asked_weights(dtype, quantize),
-        keys=keys,
-        hosts=frozenset([*(allow_host or ()), host]),
-        image_domains=frozenset(domain.lower() for domain in allow_image_domain or ()),
-        log_prompts=log_prompts,
-    )
-    pipe = load_pipeline(model, device, dtype, quantize, compiled=compiled)
-    metrics = Metrics()
-    app = create_app(Engine(pipe, bounds, observer=metrics), settings, metrics)
-    if page:
-        _show_page(app, keys)
-    log_as_json()
-    if not run(app, host, port, drain=drain, notice=drain_delay, announce=lambda url: print(url, flush=True)):
+    spread = Spread(ray, replicas, autoscale, per_replica, per_stage, ray_address)
+    keys = _keys(api_key_file, host, insecure)
+    hosts, domains = (*(allow_host or ()), host), tuple(allow_image_domain or ())
+    weights = {"model": model, "device": device, "dtype": dtype, "quantize": quantize, "compiled": compiled}
+    bounds = {"max_batch": max_batch, "max_active": max_active, "queue": queue, "drain": drain}
+    places = {"placement": placement, "stage_devices": tuple(stage_device or ())}
+    doors = {"api_key_file": api_key_file, "insecure": not keys, "allow_host": hosts, "allow_image_domain": domains}
+    settings = ServeSettings(**weights, **bounds, **places, **doors, log_prompts=log_prompts)
+    if ray:
+        whole = spread.serve(settings, host, port)
+    else:
+        whole = _serve_here(settings, keys, host, port, drain_delay, page=page)
+    if not whole:
         raise typer.Exit(1)
 
 
-def _keys(host: str, file: Path | None, *, insecure: bool) -> ApiKeys:
-    from latteflow.serve.api.keys import ApiKeys
+def _keys(file: Path | None, host: str, insecure: bool) -> ApiKeys:
+    """Return who may ask; nobody in particular, only if nobody else can or that is meant."""
+    from latteflow.serve.api.keys import KEYS_VARIABLE, ApiKeys
 
-    keys = ApiKeys.read(file, os.environ.get(_KEYS_VARIABLE))
+    keys = ApiKeys.read(file, os.environ.get(KEYS_VARIABLE))
     if not (keys or insecure or _is_loopback(host)):
         raise UserError(
-            f"--host {host} can be reached by others: give --api-key-file or {_KEYS_VARIABLE}, or --insecure to let "
+            f"--host {host} can be reached by others: give --api-key-file or {KEYS_VARIABLE}, or --insecure to let "
             "everybody in"
         )
     return keys
 
 
-def _show_page(app: FastAPI, keys: ApiKeys) -> None:
-    from latteflow.serve.page.page import mount_page
+def _serve_here(
+    settings: ServeSettings, keys: ApiKeys, host: str, port: int, drain_delay: float, *, page: bool
+) -> bool:
+    """Serve from this process until a signal; return whether the engine got warm."""
+    from latteflow.serve.api.logs import log_as_json
+    from latteflow.serve.api.server import serve as run
+    from latteflow.serve.deploy.served import served_app
 
-    mount_page(app, keys.accepts)
+    app = served_app(settings, keys)
+    if page:
+        from latteflow.serve.page.page import mount_page
+
+        mount_page(app, keys.accepts)
+    log_as_json()
+    announce = functools.partial(print, flush=True)
+    return run(app, host, port, drain=settings.drain, notice=drain_delay, announce=announce)
 
 
 def _is_loopback(host: str) -> bool:

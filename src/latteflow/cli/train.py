@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from latteflow.cli.resources import read_resources
 from latteflow.errors import UserError
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def train(
     if resume == "never" and kept:
         raise UserError(f"{settings.output} holds checkpoints: give another output, or leave --resume never out")
     if on_ray:
-        _run_on_ray(settings, _resources(per_group))
+        _run_on_ray(settings, read_resources(per_group, "--per-group"))
     else:
         _run(settings)
 
@@ -148,17 +149,3 @@ def _run_on_ray(settings: Any, resources: dict[str, float]) -> None:
         if tasks:
             bars.stop()
     print(f"trained weights: {final}")
-
-
-def _resources(text: str) -> dict[str, float]:
-    """Read what a group takes: ``CPU=4,GPU=1``."""
-    found = {}
-    for part in filter(None, text.split(",")):
-        name, _, amount = part.partition("=")
-        try:
-            found[name.strip()] = float(amount)
-        except ValueError:
-            found[""] = 0.0
-    if "" in found or not all(amount > 0 for amount in found.values()):
-        raise UserError(f"--per-group {text} is not of the form CPU=4,GPU=1")
-    return found

@@ -31,6 +31,7 @@ def compositional_report(
     steps: int = 40,
     guidance_scale: float = 4.0,
     seeds: Sequence[int] = (0, 1, 2),
+    pipe: LatteFlowPipeline | None = None,
     watch: Callable[[str], None] = lambda message: None,
 ) -> dict[str, Any]:
     """Draw pairs of concept and style that were never seen together, and pairs that were, and have both judged.
@@ -43,6 +44,7 @@ def compositional_report(
         steps: network calls a drawing.
         guidance_scale: of the drawings.
         seeds: one set of drawings each.
+        pipe: the model, where it is loaded already; it is used as it is.
         watch: told what is being done.
 
     Returns:
@@ -54,15 +56,15 @@ def compositional_report(
     Raises:
         UserError: no recipe, data set or judge there, or a held-out pair that was trained on.
     """
-    folder = Path(resolve_model(model))
-    filters = pictures_of_model(folder)
+    filters = pictures_of_model(Path(resolve_model(model)))
     classifier = load_classifier(judge, what="judge")
     watch("reading the data set")
     unseen, train = (load_captioned_images(data, split, **filters) for split in ("heldout", "train"))
     parts = {"unseen": unseen.spread(drawings)}
     parts["seen"] = _seen_pairs(parts["unseen"], train).spread(drawings)
-    pipe = LatteFlowPipeline.from_pretrained(model)
-    pipe.set_progress_bar_config(disable=True)
+    if pipe is None:
+        pipe = LatteFlowPipeline.from_pretrained(model)
+        pipe.set_progress_bar_config(disable=True)
     report: dict[str, Any] = {
         "conditions": {
             "model": model,

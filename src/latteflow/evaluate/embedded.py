@@ -49,7 +49,9 @@ def evaluate_embedded(
     guidance_scale: float = 4.0,
     seeds: Sequence[int] = (0, 1, 2),
     judge: Path | None = None,
+    also_without_guidance: bool = False,
     watch: Callable[[str], None] = lambda message: None,
+    seen: Callable[[CaptionedImages, float, Sequence[Image.Image]], None] = lambda part, scale, drawn: None,
 ) -> dict[str, Any]:
     """Measure reconstruction, understanding, and what drawings are taken for.
 
@@ -62,7 +64,9 @@ def evaluate_embedded(
         guidance_scale: of the drawings.
         seeds: one set of drawings each; figures are given as mean, lowest and highest over them.
         judge: folder of the trained judge; left out, neither it nor features are asked.
+        also_without_guidance: draw it all again with guidance 1, and put what is found under ``without_guidance``.
         watch: told what is being measured.
+        seen: given the first seed's drawings: what they should show, their guidance scale, and they themselves.
 
     Raises:
         UserError: no recipe, no data set, or no judge where one is named.
@@ -80,17 +84,27 @@ def evaluate_embedded(
     part = heldout.spread(drawings)
     results["understanding_of_the_same_pairs"] = _shares(pipe, part, part.pictures(range(len(part))))
     outside = [] if judge is None else outside_measures(judge, data, model_folder, part, watch)
-    runs: list[dict[str, dict[str, float]]] = []
-    for seed in seeds:
-        watch(f"drawings of seed {seed}")
-        drawn = drawings_of(pipe, part, seed, num_inference_steps=steps, guidance_scale=guidance_scale)
-        pixels = pixels_of(drawn)
-        runs.append({"asked": _shares(pipe, part, drawn), **{name: measure(pixels) for name, measure in outside}})
+    real = {name: measure(part.pixels) for name, measure in outside}
+
+    def one(seed: int, scale: float) -> dict[str, dict[str, float]]:
+        watch(f"drawings of seed {seed}, guidance {scale:g}")
+        images = drawings_of(pipe, part, seed, num_inference_steps=steps, guidance_scale=scale)
+        if seed == seeds[0]:
+            seen(part, scale, images)
+        pixels = pixels_of(images)
+        return {"asked": _shares(pipe, part, images), **{name: measure(pixels) for name, measure in outside}}
+
+    results |= _over_seeds([one(seed, guidance_scale) for seed in seeds], real)
+    if also_without_guidance and guidance_scale != 1:
+        results["without_guidance"] = _over_seeds([one(seed, 1.0) for seed in seeds], real)
     results["conditions"]["compiled"] = runs_compiled(pipe.transformer)  # known once it has drawn
-    results["drawn_then_asked"] = _spreads([run["asked"] for run in runs])
-    for name, measure in outside:
-        results[name] = _beside_real(measure(part.pixels), [run[name] for run in runs])
     return results
+
+
+def _over_seeds(runs: Sequence[Mapping[str, dict[str, float]]], real: Mapping[str, dict[str, float]]) -> dict[str, Any]:
+    """Return what was found over the seeds, beside real pictures."""
+    beside = {name: _beside_real(real[name], [run[name] for run in runs]) for name in real}
+    return {"drawn_then_asked": _spreads([run["asked"] for run in runs]), **beside}
 
 
 def _conditions(

@@ -55,7 +55,7 @@ def fidelity_report(
             "reference anew"
         )
     for samples in sets:
-        _check_size(samples.size, reference)
+        check_size(samples.size, reference)
     report: dict[str, dict[str, Figure]] = {}
     for samples in sets:
         drawn = measure(network, samples.chunks(), str(samples.folder))
@@ -82,7 +82,7 @@ def figures_of(
     if drawn.features is None:
         raise UserError(f"the features of {drawn.name} were not kept: measure it with keep=True")
     if drawn.size is not None:
-        _check_size(drawn.size, reference)
+        check_size(drawn.size, reference)
     check_width(reference.pooled, drawn.pooled, reference.name)
     about = {**_about(network, reference), "samples": drawn.pooled.number, "size": drawn.size, **conditions}
     found: dict[str, Figure] = {"FID": {"value": drawn.pooled.frechet_distance(reference.pooled)}}
@@ -176,7 +176,12 @@ def _check_sets(sets: Sequence[Samples]) -> None:
             )
 
 
-def _check_size(size: tuple[int, int], reference: Measured) -> None:
+def check_size(size: tuple[int, int], reference: Measured) -> None:
+    """Refuse pictures (height, width) of another size than the reference's, where that is known.
+
+    Raises:
+        UserError: the sizes differ.
+    """
     if reference.size is not None and tuple(size) != tuple(reference.size):
         own, other = (f"{height}x{width}" for height, width in (size, reference.size))
         raise UserError(

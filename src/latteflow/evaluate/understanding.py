@@ -174,7 +174,9 @@ def backbone_alone(model: str, dtype: torch.dtype = torch.float32) -> tuple[Any,
     return load_backbone(name, revision, dtype), processor  # type: ignore[return-value]
 
 
-def heldout_understanding(model: str, data: Path, *, pictures: int | None = None) -> dict[str, Any]:
+def heldout_understanding(
+    model: str, data: Path, *, pictures: int | None = None, pipe: LatteFlowPipeline | None = None
+) -> dict[str, Any]:
     """Ask a unified model and its backbone alone about held-out pictures, and say whether they answer alike.
 
     The unified model draws first, so that what drawing might leave behind would show.
@@ -183,6 +185,7 @@ def heldout_understanding(model: str, data: Path, *, pictures: int | None = None
         model: an embedded model's name, or the folder of a model that ``latteflow train`` wrote.
         data: the folder that ``latteflow data emoji`` wrote.
         pictures: how many, spread evenly; left out, all.
+        pipe: the model, where it is loaded already; the backbone alone is then asked on its device, in its dtype.
 
     Returns:
         ``pictures`` and ``questions`` asked, the shares of exact answers of ``backbone`` and ``unified``, how many
@@ -194,9 +197,11 @@ def heldout_understanding(model: str, data: Path, *, pictures: int | None = None
     heldout = load_captioned_images(data, "heldout", **pictures_of_model(Path(resolve_model(model))))
     heldout = heldout if pictures is None else heldout.spread(pictures)
     shown = heldout.pictures(range(len(heldout)))
-    alone = answers_about(*backbone_alone(model), shown)
-    pipe = LatteFlowPipeline.from_pretrained(model)
-    pipe.set_progress_bar_config(disable=True)
+    if pipe is None:
+        pipe = LatteFlowPipeline.from_pretrained(model)
+        pipe.set_progress_bar_config(disable=True)
+    backbone, processor = backbone_alone(model, pipe.backbone.dtype)
+    alone = answers_about(backbone.to(pipe.device), processor, shown)
     pipe("", num_inference_steps=2, generator=torch.Generator().manual_seed(0))
     unified = answers_about(pipe.backbone, pipe.processor, shown)
     different = sum(one != other for name in alone for one, other in zip(alone[name], unified[name], strict=True))

@@ -84,11 +84,15 @@ class _Actor:
 
 
 @contextmanager
-def having_ray(workers: int) -> Iterator[None]:
-    """Have Ray for a while: the one that runs, the cluster that RAY_ADDRESS names, or one of this process alone.
+def having_ray(workers: int, address: str | None = None) -> Iterator[None]:
+    """Have Ray for a while: the one that runs, a cluster, or one of this process alone.
 
     Args:
         workers: how many actors it has to have room for.
+        address: of the cluster; left out, the one that RAY_ADDRESS names, if it names one.
+
+    Raises:
+        UserError: there is no such cluster, or it asks for another token.
     """
     import ray
 
@@ -98,8 +102,8 @@ def having_ray(workers: int) -> Iterator[None]:
     before = {name: os.environ.get(name) for name in _OURS}
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     try:
-        if os.environ.get("RAY_ADDRESS"):
-            ray.init(log_to_driver=False, logging_level=logging.ERROR)
+        if cluster := address or os.environ.get("RAY_ADDRESS"):
+            _join(cluster)
         else:
             # Its ports are open to the network whatever address it is given: a secret, which a Ray of one process
             # asks for unless RAY_AUTH_MODE says otherwise, keeps everybody else out. Given here, it is in no file.
@@ -119,6 +123,17 @@ def having_ray(workers: int) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+def _join(address: str) -> None:
+    import ray
+
+    try:
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
+    except ConnectionError as error:
+        raise UserError(
+            f"there is no cluster of Ray at {address}: start one with ray start --head, and give its RAY_AUTH_TOKEN"
+        ) from error
 
 
 @cache

@@ -6,13 +6,10 @@ A recipe's ``smoke:`` block is an override that makes the same run finish in sec
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, get_args
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -25,9 +22,9 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
-from yaml import YAMLError
 
 from latteflow.errors import UserError
+from latteflow.train.recipe_file import explained, read_values
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 
@@ -341,46 +338,14 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> AnyRecipe:
     Raises:
         UserError: no such file, not YAML, an override without ``=``, an unknown key, or a value of the wrong kind.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"no recipe {path}: give the path of a YAML file such as recipes/emoji-64/generator.yaml")
-    for override in overrides:
-        if "=" not in override or override.startswith("="):
-            raise UserError(f"override {override!r} is not of the form key=value")
-    try:
-        config = OmegaConf.load(path)
-        if not isinstance(config, DictConfig):
-            raise UserError(f"{path} is not a recipe: its top level has to be keys and values")
-        extra = OmegaConf.from_dotlist(list(overrides))
-        smoke = config.pop("smoke", {})
-        if extra.pop("smoke", False):
-            config = OmegaConf.merge(config, smoke)
-        values = OmegaConf.to_container(OmegaConf.merge(config, extra), resolve=True)
-    except (OmegaConfBaseException, YAMLError, OSError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path} cannot be read as a recipe: {_first_line(error)}") from error
+    values = read_values(Path(path), overrides)
     try:
         return TypeAdapter(Recipe).validate_python(values)
     except ValidationError as error:
-        raise UserError(f"{path}: {_explain(error)}") from error
+        raise UserError(f"{path}: {explained(error, _known_keys(), _STAGES)}") from error
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
-def _explain(error: ValidationError) -> str:
-    first = error.errors()[0]
-    location = [str(part) for part in first["loc"]]
-    if location and location[0] in ("autoencoder", "classifier", "vision", "backbone", "generator"):
-        location = location[1:]  # the discriminator's own level
-    key = ".".join(location)
-    if first["type"] == "extra_forbidden":
-        nearest = difflib.get_close_matches(location[-1], sorted(_known_keys()), n=1)
-        return f"unknown key {key!r}" + (f": did you mean {nearest[0]!r}?" if nearest else "")
-    given = "" if first["type"] == "missing" else f" (given: {first['input']!r})"
-    return f"{key or 'the recipe'}: {first['msg']}{given}"
+_STAGES = ("autoencoder", "classifier", "vision", "backbone", "generator")
 
 
 def _known_keys() -> set[str]:

@@ -15,6 +15,8 @@ from latteflow.errors import UserError
 from latteflow.serve.api.errors import ApiError
 
 _SHORTEST = 16
+KEYS_VARIABLE = "LATTEFLOW_API_KEYS"
+"""The environment variable that may hold keys, with commas between them."""
 
 
 class ApiKeys:

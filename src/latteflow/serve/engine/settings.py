@@ -28,8 +28,9 @@ class EngineSettings:
     max_chats: int = 4
     """Answers under way, at most."""
     max_queued_chats: int = 32
-    patience: int = 8
-    """Forwards that may pass a picture over before its turn comes, however few share it."""
+    patience: int = 32
+    """Forwards that may pass a picture over before its turn comes, however few share it. Fewer than an interval's steps
+    of a few groups tear apart pictures that would share their forwards."""
     deterministic: bool = False
     """Pad every forward to ``max_batch``: a picture has the same bits whatever shares its forwards, and costs more."""
     placement: Placement = "local"

@@ -6,8 +6,9 @@ import dataclasses
 import json
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
@@ -22,11 +23,14 @@ from latteflow.serve.executors.cost import Cost, measure
 from latteflow.serve.executors.group_pipeline import GroupPipeline, Patience
 from latteflow.serve.executors.placement import Work, pipeline_is_better
 from latteflow.serve.executors.stage import StageSettings
-from latteflow.serve.executors.stage_process import Inbox, StageProcess
+from latteflow.serve.executors.stage_process import Inbox, Stage, StageProcess
 
 _log = logging.getLogger(__name__)
 
 _STEPS = 40
+
+StartStage: TypeAlias = Callable[[StageSettings, Inbox], Stage]
+"""Starts a stage, which will report to the inbox."""
 
 
 def build_executor(
@@ -34,6 +38,7 @@ def build_executor(
     pipe: LatteFlowPipeline,
     settings: EngineSettings,
     patience: Patience = Patience(),  # noqa: B008  (frozen)
+    start_stage: StartStage = StageProcess,
 ) -> Executor:
     """Return what makes an engine's steps, as ``settings.placement`` says; stages are ready when this returns.
 
@@ -43,6 +48,7 @@ def build_executor(
         pipe: the model. With "pipeline" its replica's layers may lack storage (``transformer_without_layers``).
         settings: of the engine.
         patience: with stages.
+        start_stage: makes a stage; left out, a process here.
 
     Raises:
         UserError: the solver, the weights, the devices or the system do not allow a pipeline where one is asked for.
@@ -53,7 +59,7 @@ def build_executor(
         return LocalExecutor(pipe.transformer, settings)
     if obstacle is not None:
         raise UserError(obstacle)
-    pipeline = start_pipeline(model, pipe, settings, patience)
+    pipeline = start_pipeline(model, pipe, settings, patience, start_stage)
     if settings.placement == "pipeline" or _is_better(pipeline, pipe, settings):
         return pipeline
     pipeline.close()
@@ -61,7 +67,11 @@ def build_executor(
 
 
 def start_pipeline(
-    model: str | Path, pipe: LatteFlowPipeline, settings: EngineSettings, patience: Patience
+    model: str | Path,
+    pipe: LatteFlowPipeline,
+    settings: EngineSettings,
+    patience: Patience,
+    start_stage: StartStage = StageProcess,
 ) -> GroupPipeline:
     """Return a group pipeline whose stages are ready; arguments and errors are those of ``build_executor``."""
     devices = stage_devices(settings.devices, pipe)
@@ -69,8 +79,8 @@ def start_pipeline(
     engine = dataclasses.asdict(settings) | {"placement": "local", "devices": ()}
     scheduler = json.loads(pipe.scheduler.to_json_string())
 
-    def start(group: int, inbox: Inbox) -> StageProcess:
-        return StageProcess(
+    def start(group: int, inbox: Inbox) -> Stage:
+        return start_stage(
             StageSettings(
                 model=str(model),
                 group=group,

@@ -1,0 +1,1 @@
+"""The server past one machine: replicas on Ray Serve, and pictures by the list on Ray Data."""
