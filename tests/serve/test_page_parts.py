@@ -1,10 +1,12 @@
 """What the page is made of, without a browser: settings in all their forms, the strip, HTML, and keys."""
 
+import asyncio
 import base64
 import io
 import json
 import re
 import shlex
+from contextlib import aclosing
 
 import pytest
 from PIL import Image
@@ -17,6 +19,7 @@ from latteflow.serve.page import shown
 from latteflow.serve.page.chat_tab import Turn
 from latteflow.serve.page.client import ServerTrouble, _trouble
 from latteflow.serve.page.drawings import Settings, command_line, curl, python, settings_of_picture
+from latteflow.serve.page.stopping import StopButton, Stopped, until
 from latteflow.serve.page.strip import Step, strip
 from latteflow.serve.page.visitor import bearer
 
@@ -207,3 +210,45 @@ def test_what_is_no_picture_is_not_sent(tmp_path):
 def test_what_is_no_error_object_is_told_all_the_same(body):
     assert isinstance(_trouble(body), ServerTrouble)
     assert "try again" in str(_trouble(body))
+
+
+@pytest.mark.parametrize("way", ["end", "press", "leave", "cancel"])
+def test_where_items_come_from_is_closed_whatever_the_end_is(way):
+    async def items():
+        try:
+            yield 1
+            if way != "end":
+                await asyncio.sleep(60)
+        finally:
+            closed.append(way)
+
+    async def run():
+        button = StopButton()
+        with button.watched("mine") as pressed:
+            async with aclosing(until(pressed, items())) as seen:
+                async for item in seen:
+                    assert item == 1
+                    button.press("another")
+                    if way == "press":
+                        button.press("mine")
+                    if way == "leave":
+                        break
+        assert closed == [way]  # now, and not when the loop ends
+        button.press("mine")  # nothing runs any more
+
+    async def cancelled():
+        task = asyncio.ensure_future(run())
+        await asyncio.sleep(0.05)
+        task.cancel()
+        await task
+
+    closed = []
+    if way == "press":
+        with pytest.raises(Stopped):
+            asyncio.run(run())
+    elif way == "cancel":
+        with pytest.raises(asyncio.CancelledError):
+            asyncio.run(cancelled())
+    else:
+        asyncio.run(run())
+    assert closed == [way]

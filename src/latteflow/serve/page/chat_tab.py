@@ -19,6 +19,7 @@ from latteflow.errors import UserError
 from latteflow.serve.page import shown
 from latteflow.serve.page.draw_tab import Update
 from latteflow.serve.page.shown import Drawing
+from latteflow.serve.page.stopping import StopButton, Stopped, until
 from latteflow.serve.page.visitor import client_of
 
 _KINDS = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"RIFF": "webp"}
@@ -60,6 +61,7 @@ class ChatTab:
     def __init__(self) -> None:
         self.said = gr.State((), time_to_live=6 * 3600)
         """The conversation: a tuple of ``Turn``."""
+        self.stop_button = StopButton()
         self.shown = gr.Chatbot(
             label="Conversation",
             height="55vh",
@@ -86,17 +88,15 @@ class ChatTab:
     def _listen(self) -> None:
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         parts = [self.message, self.shown, self.said, self.status]
-        answering = self.message.submit(self._answer, [self.message, self.said], parts, concurrency_limit=None, **quiet)
-        self.message.stop(None, cancels=[answering], queue=False, **quiet).then(
-            self._stopped, None, [self.message, self.status], queue=False, **quiet
-        )
+        self.message.submit(self._answer, [self.message, self.said], parts, concurrency_limit=None, **quiet)
+        self.message.stop(self._press, queue=False, **quiet)
         for anew in (self.anew.click, self.shown.clear):
-            anew(None, cancels=[answering], queue=False, **quiet).then(self._begin, None, parts, queue=False, **quiet)
+            anew(self._press, queue=False, **quiet).then(self._begin, None, parts, queue=False, **quiet)
 
     async def _answer(
         self, message: dict[str, Any], said: tuple[Turn, ...], request: gr.Request
     ) -> AsyncIterator[Update]:
-        """Answer, telling the browser of it; Gradio closes this when Stop is pressed or the page goes away."""
+        """Answer, telling the browser of it; Gradio closes this when the page goes away."""
         asked = Turn("user", (message.get("text") or "").strip(), tuple(message.get("files") or ()))
         # A turn that was stopped before its answer began has none: it makes way.
         before = said[:-1] if said and said[-1].role == "user" else said
@@ -109,11 +109,13 @@ class ChatTab:
                 self.message: gr.MultimodalTextbox({"text": "", "files": []}, interactive=False),
                 self.status: shown.status("Waiting for the answer."),
             }
-            # Closed with this generator, not when memory is next tidied: that is what stops the answer.
-            async with aclosing(self._answers(messages, request)) as answers:
-                async for answer in answers:
-                    yield {**self._show((*before, asked, Turn("assistant", answer))), self.status: ""}
+            with self.stop_button.watched(request.session_hash or "") as pressed:
+                async with aclosing(until(pressed, self._answers(messages, request))) as answers:
+                    async for answer in answers:
+                        yield {**self._show((*before, asked, Turn("assistant", answer))), self.status: ""}
             yield {self.message: gr.MultimodalTextbox(interactive=True)}
+        except Stopped:
+            yield {self.message: gr.MultimodalTextbox(interactive=True), self.status: shown.status("Stopped.")}
         except UserError as error:
             yield {
                 **self._show(before),
@@ -137,8 +139,8 @@ class ChatTab:
     def _show(self, said: tuple[Turn, ...]) -> Update:
         return {self.said: said, self.shown: [turn.on_screen() for turn in said]}
 
-    def _stopped(self) -> Update:
-        return {self.message: gr.MultimodalTextbox(interactive=True), self.status: shown.status("Stopped.")}
+    def _press(self, request: gr.Request) -> None:
+        self.stop_button.press(request.session_hash or "")
 
     def _begin(self) -> Update:
         return {

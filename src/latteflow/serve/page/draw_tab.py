@@ -17,6 +17,7 @@ from latteflow.serve.page import shown
 from latteflow.serve.page.client import Drawn, Model, Preview, Queued
 from latteflow.serve.page.drawings import Settings, command_line, curl, python, settings_of_picture
 from latteflow.serve.page.shown import Drawing
+from latteflow.serve.page.stopping import StopButton, Stopped, until
 from latteflow.serve.page.strip import Step, strip
 from latteflow.serve.page.visitor import client_of, is_keyed, public_address
 
@@ -44,6 +45,7 @@ class DrawTab:
         self.drawings = gr.State((), time_to_live=6 * 3600)
         self.chosen = gr.State(None)
         """The place of the drawing that is shown, or None."""
+        self.stop_button = StopButton()
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
                 self._form()
@@ -93,16 +95,14 @@ class DrawTab:
         shows = [self.picture, self.status, self.strip, self.gallery, self.drawings, self.chosen, self.ask, *about]
         buttons = [self.generate, self.stop]
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-        drawing = self.generate.click(
+        self.generate.click(
             self._draw,
             [*self.fields, self.by_chance, self.drawings],
             [*shows, *buttons, self.seed],
             concurrency_limit=None,
             **quiet,
         )
-        self.stop.click(None, cancels=[drawing], queue=False, **quiet).then(
-            self._stopped, None, [self.status, *buttons], queue=False, **quiet
-        )
+        self.stop.click(self._press, queue=False, **quiet)
         self.gallery.select(self._choose, self.drawings, [*shows, *self.fields, self.by_chance], **quiet)
         self.upload.upload(self._restore, self.upload, [self.status, *self.fields, self.by_chance], **quiet)
 
@@ -118,41 +118,43 @@ class DrawTab:
         drawings: tuple[Drawing, ...],
         request: gr.Request,
     ) -> AsyncIterator[Update]:
-        """Draw, telling the browser of it; Gradio closes this when Stop is pressed or the page goes away."""
+        """Draw, telling the browser of it; Gradio closes this when the page goes away."""
         try:
             number = secrets.randbelow(2**32) if by_chance or seed is None else int(seed)
             settings = Settings(prompt.strip(), negative.strip(), number, int(steps), float(guidance), size.strip())
             _check(settings)
-            yield self._begun(settings)
-            client = client_of(request)
-            model = await client.model()
-            made: list[Step] = []
-            told, started = 0.0, time.monotonic()
-            # Closed with this generator, not when memory is next tidied: that is what stops the drawing.
-            async with aclosing(client.draw(settings, model.name)) as events:
-                async for event in events:
-                    match event:
-                        case Drawn():
-                            drawings = (*drawings, Drawing(settings, event.image))[-_MOST_KEPT:]
-                            seconds = time.monotonic() - started
-                            yield {
-                                **self._show(drawings, len(drawings) - 1, model, request),
-                                self.status: shown.status(f"Done in {seconds:.2f} s, seed {settings.seed}."),
-                                self.strip: strip(made, model.edges),
-                                **self._idle(),
-                            }
-                        case Preview():
-                            yield {self.picture: shown.picture(event.image, settings, finished=False)}
-                        case Queued():
-                            yield {self.status: shown.status(f"Waiting for its turn: {event.ahead} before it.")}
-                        case Step():
-                            made.append(event)
-                            if time.monotonic() - told > _PAUSE:
-                                told = time.monotonic()
+            with self.stop_button.watched(request.session_hash or "") as pressed:
+                yield self._begun(settings)
+                client = client_of(request)
+                model = await client.model()
+                made: list[Step] = []
+                told, started = 0.0, time.monotonic()
+                async with aclosing(until(pressed, client.draw(settings, model.name))) as events:
+                    async for event in events:
+                        match event:
+                            case Drawn():
+                                drawings = (*drawings, Drawing(settings, event.image))[-_MOST_KEPT:]
+                                seconds = time.monotonic() - started
                                 yield {
+                                    **self._show(drawings, len(drawings) - 1, model, request),
+                                    self.status: shown.status(f"Done in {seconds:.2f} s, seed {settings.seed}."),
                                     self.strip: strip(made, model.edges),
-                                    self.status: shown.status(f"Step {event.step} of {event.steps}."),
+                                    **self._idle(),
                                 }
+                            case Preview():
+                                yield {self.picture: shown.picture(event.image, settings, finished=False)}
+                            case Queued():
+                                yield {self.status: shown.status(f"Waiting for its turn: {event.ahead} before it.")}
+                            case Step():
+                                made.append(event)
+                                if time.monotonic() - told > _PAUSE:
+                                    told = time.monotonic()
+                                    yield {
+                                        self.strip: strip(made, model.edges),
+                                        self.status: shown.status(f"Step {event.step} of {event.steps}."),
+                                    }
+        except Stopped:
+            yield {self.status: shown.status("Stopped."), **self._idle()}
         except UserError as error:
             yield {self.status: shown.trouble(f"{str(error)[:1].upper()}{str(error)[1:]}."), **self._idle()}
 
@@ -168,8 +170,8 @@ class DrawTab:
     def _idle(self) -> Update:
         return {self.generate: gr.Button(interactive=True), self.stop: gr.Button(interactive=False)}
 
-    def _stopped(self) -> Update:
-        return {self.status: shown.status("Stopped."), **self._idle()}
+    def _press(self, request: gr.Request) -> None:
+        self.stop_button.press(request.session_hash or "")
 
     def _show(self, drawings: tuple[Drawing, ...], chosen: int, model: Model, request: gr.Request) -> Update:
         settings = drawings[chosen].settings
