@@ -1,13 +1,14 @@
 # The server, `latteflow serve`, on a CPU or on an NVIDIA GPU. docs/container.md says how to build and run it.
 #
-#   docker build --tag latteflow .
-#   docker build --tag latteflow:cuda --build-arg DEVICE=cuda .
+#   docker build --tag latteflow:cuda .
+#   docker build --tag latteflow --build-arg TORCH_INDEX=... .
 
 ARG PYTHON=3.12
 
 FROM python:${PYTHON}-slim-bookworm AS build
-# cpu or cuda: which build of torch goes in. The CUDA one brings its libraries along; the driver is the host's.
-ARG DEVICE=cpu
+# A package index to take torch from; empty: the ordinary one, which for Linux on x86-64 has the CUDA build. That brings its
+# libraries along, and the driver is the host's. For CPUs name the index of CPU wheels: a few GB less.
+ARG TORCH_INDEX=
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PIP_NO_CACHE_DIR=1 \
     PATH=/opt/latteflow/bin:$PATH
@@ -15,11 +16,7 @@ RUN python -m venv /opt/latteflow
 WORKDIR /source
 COPY constraints.txt ./
 # torch comes first and by itself, so that a change of the source does not fetch it again.
-RUN case "$DEVICE" in \
-      cpu) pip install --constraint constraints.txt --index-url https://download.pytorch.org/whl/cpu torch ;; \
-      cuda) pip install --constraint constraints.txt torch ;; \
-      *) echo "DEVICE is cpu or cuda: got $DEVICE" >&2; exit 1 ;; \
-    esac
+RUN pip install --constraint constraints.txt ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch
 COPY pyproject.toml README.md LICENSE ./
 COPY src src
 RUN pip install --constraint constraints.txt ".[serve]"

@@ -38,9 +38,10 @@ def test_what_was_built_is_copied_into_a_stage_without_the_source():
 
 
 def test_torch_is_chosen_by_one_argument_and_versions_are_ours():
-    assert "DEVICE=cpu" in of(BUILD, "ARG")
+    assert "TORCH_INDEX=" in of(BUILD, "ARG")
     installs = [command for run in of(BUILD, "RUN") for command in re.findall(r"pip install [^;]*", run)]
-    assert len(installs) == 3
+    assert len(installs) == 2
+    assert '--index-url "$TORCH_INDEX"' in installs[0]
     assert all("--constraint constraints.txt" in command for command in installs)
 
 
