@@ -96,12 +96,13 @@ def test_what_makes_no_sense_in_a_record_is_left_out(tmp_path):
 
 
 def test_the_command_line_is_understood_as_it_was_meant():
-    words = shlex.split(command_line(SETTINGS, "emoji-64"))
+    words = shlex.split(command_line(SETTINGS, "emoji-64", {"dtype": "bfloat16"}))
     assert words[:3] == ["latteflow", "generate", NASTY]
     given = dict(zip(words[3::2], words[4::2], strict=True))
     assert given == {
         "--model": "emoji-64",
         "--seed": str(2**53 - 1),
+        "--dtype": "bfloat16",
         "--steps": "7",
         "--guidance": "2.5",
         "--negative": "'; rm",
@@ -114,7 +115,7 @@ def test_the_command_line_is_understood_as_it_was_meant():
 
 
 def test_a_prompt_that_looks_like_an_option_stays_a_prompt():
-    words = shlex.split(command_line(Settings("--help"), "emoji-64"))
+    words = shlex.split(command_line(Settings("--help"), "emoji-64", {}))
     assert words[words.index("--") + 1 :] == ["--help"]
 
 

@@ -59,7 +59,13 @@ def test_models(server, client, http):
     [model] = client.models.list()
     assert (model.id, model.object, model.owned_by) == ("toy", "model", "latteflow")
     assert client.models.retrieve("toy") == model
-    assert model.latteflow == {"size": "32x32", "size_multiple": 8, "groups": 2, "edges": [0.0, 0.5, 1.0]}
+    assert model.latteflow == {
+        "size": "32x32",
+        "size_multiple": 8,
+        "groups": 2,
+        "edges": [0.0, 0.5, 1.0],
+        "weights": {},
+    }
 
 
 def scraped(http):

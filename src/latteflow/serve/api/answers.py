@@ -57,6 +57,8 @@ class ModelShape(BaseModel):
     """Experts."""
     edges: list[float]
     """Of their intervals of t: one more than groups, from 0 (noise) to 1 (data)."""
+    weights: dict[str, str]
+    """``dtype`` and ``quantize`` where they are not the model's own."""
 
 
 class ModelObject(BaseModel):

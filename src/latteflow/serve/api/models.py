@@ -32,5 +32,6 @@ def _model(service: Service) -> ModelObject:
         size_multiple=pipe.spatial_factor,
         groups=pipe.transformer.config.num_groups,
         edges=list(pipe.transformer.intervals.edges),
+        weights={name: str(value) for name, value in service.settings.weights.items()},
     )
     return ModelObject(id=service.settings.model, created=service.created, latteflow=shape)

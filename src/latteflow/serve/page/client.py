@@ -5,9 +5,9 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import httpx
@@ -32,6 +32,8 @@ class Model:
     """Heights and widths are its multiples."""
     edges: tuple[float, ...]
     """Of the experts' intervals."""
+    weights: Mapping[str, str] = field(default_factory=dict)
+    """``dtype`` and ``quantize`` where they are not the model's own."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class ApiClient:
         async with self._open("GET", "/v1/models", None) as answer:
             listed = json.loads(await answer.aread())["data"][0]
         shape = listed["latteflow"]
-        return Model(listed["id"], shape["size"], shape["size_multiple"], tuple(shape["edges"]))
+        return Model(listed["id"], shape["size"], shape["size_multiple"], tuple(shape["edges"]), shape["weights"])
 
     async def draw(self, settings: Settings, model: str) -> AsyncGenerator[DrawEvent, None]:
         """Have a picture drawn, and tell of every step; closing the iterator gives the drawing up.

@@ -183,7 +183,7 @@ class DrawTab:
             self.chosen: chosen,
             self.ask: gr.Button(interactive=True),
             self.details: shown.details(settings),
-            self.as_command: command_line(settings, model.name),
+            self.as_command: command_line(settings, model.name, model.weights),
             self.as_curl: curl(settings, model.name, server, keyed=keyed),
             self.as_python: python(settings, model.name, server, keyed=keyed),
             self.again: gr.Accordion(visible=True),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from io import BytesIO
 from pathlib import Path
@@ -100,9 +101,10 @@ def _from_record(record: dict[str, Any], default: Settings) -> Settings:
     return replace(default, **found)
 
 
-def command_line(settings: Settings, model: str) -> str:
-    """Return the command that draws the picture again."""
+def command_line(settings: Settings, model: str, weights: Mapping[str, str]) -> str:
+    """Return the command that draws the picture again; ``weights`` are the server's ``dtype`` and ``quantize``."""
     words = ["--model", model, "--seed", str(settings.seed)]
+    words += [word for name, value in weights.items() for word in (f"--{name}", value)]
     words += ["--steps", str(settings.steps), "--guidance", f"{settings.guidance:g}"]
     if settings.negative_prompt:
         words += ["--negative", settings.negative_prompt]
