@@ -21,17 +21,14 @@ class Served:
 
     Args:
         options: of the verb.
-        threads: of the CPU, for its matrix products.
     """
 
-    def __init__(self, options: Sequence[str] = (), threads: int | None = None) -> None:
-        environment = os.environ if threads is None else {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    def __init__(self, options: Sequence[str] = ()) -> None:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "latteflow", "serve", "--port", "0", *options],
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
-            env=environment,
         )
         assert self.process.stdout is not None
         self.url = self.process.stdout.readline().strip()
@@ -88,9 +85,9 @@ class Served:
 
 
 @contextlib.contextmanager
-def served(options: Sequence[str] = (), threads: int | None = None) -> Iterator[Served]:
+def served(options: Sequence[str] = ()) -> Iterator[Served]:
     """Serve for the length of a block, whatever happens in it."""
-    server = Served(options, threads)
+    server = Served(options)
     try:
         yield server
     finally:

@@ -37,6 +37,7 @@ from latteflow.benchmark.report import processor_name
 PAGE = Path("benchmarks/results/serving.md")
 THINGS = ("heart", "umbrella", "apple", "automobile", "cat face", "evergreen tree", "star", "book")
 STYLES = ("noto", "twemoji", "fluent 3d", "openmoji")
+_TURN = 10
 SHARES = (0.25, 0.5, 0.75, 0.9)
 
 
@@ -46,7 +47,7 @@ def main() -> None:
     parser.add_argument("parts", nargs="+", choices=[*PARTS, "all"])
     parser.add_argument("--minutes", type=float, default=10.0, help="of the soak")
     parser.add_argument("--seconds", type=float, default=30.0, help="of every offered load")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of the server's products")
+    parser.add_argument("--threads", type=int, help="of the server's forwards (its own choice)")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--rounds", type=int, default=60, help="pictures of the overhead's median")
     options = parser.parse_args()
@@ -69,20 +70,26 @@ def batching(options: argparse.Namespace) -> list[str]:
 
 
 def overhead(options: argparse.Namespace) -> list[str]:
-    """Return what a picture takes over HTTP and by the pipeline's call, in turns."""
-    torch.set_num_threads(options.threads)
+    """Return what a picture takes over HTTP and by the pipeline's call, in turns of ten."""
     pipe = LatteFlowPipeline.from_pretrained("emoji-64", dtype=getattr(torch, options.dtype))
     pipe.set_progress_bar_config(disable=True)
     seconds: dict[str, list[float]] = {"pipeline": [], "HTTP": []}
     with _server(options) as server, httpx.Client(base_url=server.url, timeout=60) as client:
-        for i in range(options.rounds + 5):
-            begin = time.perf_counter()
+
+        def here(i: int) -> None:
             pipe(_prompt(i), generator=torch.Generator().manual_seed(i))
-            middle = time.perf_counter()
+
+        def there(i: int) -> None:
             client.post("/v1/images/generations", json=_body(i)).raise_for_status()
-            if i >= 5:  # the first ones warm up
-                seconds["pipeline"].append(middle - begin)
-                seconds["HTTP"].append(time.perf_counter() - middle)
+
+        # By turns of several: just after the other's turn, caches and idle threads are the other's.
+        for turn in range(options.rounds // _TURN + 1):
+            for name, draw in (("pipeline", here), ("HTTP", there)):
+                for i in range(_TURN + 2):
+                    begin = time.perf_counter()
+                    draw(i + _TURN * turn)
+                    if turn > 0 and i >= 2:
+                        seconds[name].append(time.perf_counter() - begin)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     rows = [
         (name, f"{medians[name]:.4f}", f"{percentile(values, 0.1):.4f} to {percentile(values, 0.9):.4f}")
@@ -238,7 +245,8 @@ GIVEN_UP = -1
 
 
 def _server(options: argparse.Namespace, *more: str):  # noqa: ANN202  (a context manager of ``served``)
-    return served(["--dtype", options.dtype, *more], options.threads)
+    threads = [] if options.threads is None else ["--threads", str(options.threads)]
+    return served(["--dtype", options.dtype, *threads, *more])
 
 
 def _prompt(number: int) -> str:
@@ -316,7 +324,7 @@ def _all_answered(answers: Sequence[Answer], allowed: set[int]) -> None:
 def _conditions(part: str, options: argparse.Namespace) -> str:
     machine = f"{processor_name()}, {len(os.sched_getaffinity(0))} cores"
     return (
-        f"`python benchmarks/serving.py {part} --dtype {options.dtype} --threads {options.threads}`: {date.today()}, "
+        f"`python benchmarks/serving.py {part} --dtype {options.dtype}`: {date.today()}, "
         f"latteflow {__version__}, torch {torch.__version__}, {platform.system()}, {machine}; emoji-64, "
         f"{options.dtype}, 40 Euler steps, guidance 4, the client on the same machine. Load average at the end: "
         f"{os.getloadavg()[0]:.1f}."

@@ -72,6 +72,9 @@ def serve(
     per_replica: PerReplicaOption = None,
     per_stage: PerStageOption = None,
     ray_address: RayAddressOption = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Of the CPU for a forward; left out, 1 for embedded models, else all.")
+    ] = None,
     compiled: CompileOption = False,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -84,6 +87,7 @@ def serve(
     keys = _keys(api_key_file, host, insecure)
     hosts, domains = (*(allow_host or ()), host), tuple(allow_image_domain or ())
     weights = {"model": model, "device": device, "dtype": dtype, "quantize": quantize, "compiled": compiled}
+    weights |= {"threads": threads}
     bounds = {"max_batch": max_batch, "max_active": max_active, "queue": queue, "drain": drain}
     places = {"placement": placement, "stage_devices": tuple(stage_device or ())}
     doors = {"api_key_file": api_key_file, "insecure": not keys, "allow_host": hosts, "allow_image_domain": domains}

@@ -87,6 +87,18 @@ def fastest_dtype(model: str, device: str | None = None) -> str | None:
     return "bfloat16" if can.get("avx512_bf16") or can.get("amx_bf16") else None
 
 
+def fastest_threads(model: str) -> int | None:
+    """Return how many threads a forward of a served model takes, where torch's own number is slower.
+
+    The forwards of embedded models are too small to be shared. OpenMP's threads wait for one another without sleeping,
+    but only while a process has no more of them than cores. An engine and a decoder have, and each product then waits
+    for threads to wake: a picture takes nearly twice as long (docs/LOG.md).
+    """
+    from latteflow.models.embedded import embedded_models
+
+    return 1 if model in embedded_models() else None
+
+
 def check_asked(model: str, dtype: str | None) -> None:
     """Refuse, before anything heavy is loaded, what can be no model, or is no dtype.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from fastapi import FastAPI
 
 from latteflow.errors import UserError
@@ -13,7 +14,7 @@ from latteflow.serve.engine.engine import Engine
 from latteflow.serve.engine.requests import EngineFailed
 from latteflow.serve.executors.build import StartStage, build_executor
 from latteflow.serve.executors.stage_process import StageProcess
-from latteflow.serve.loading import load_pipeline
+from latteflow.serve.loading import fastest_threads, load_pipeline
 
 
 def served_app(settings: ServeSettings, keys: ApiKeys, start_stage: StartStage = StageProcess) -> FastAPI:
@@ -28,6 +29,8 @@ def served_app(settings: ServeSettings, keys: ApiKeys, start_stage: StartStage =
         UserError: there is no such model, it cannot be had in that way, or its stages do not start.
     """
     settings = settings.with_fastest_dtype()
+    if (threads := settings.threads or fastest_threads(settings.model)) is not None:
+        torch.set_num_threads(threads)
     pipe = load_pipeline(settings.model, settings.device, settings.dtype, settings.quantize, compiled=settings.compiled)
     bounds, metrics = settings.engine(), Metrics()
     try:

@@ -28,6 +28,8 @@ class ServeSettings(BaseModel):
     dtype: str | None = None
     quantize: str | None = None
     compiled: bool = False
+    threads: PositiveInt | None = None
+    """Of the CPU, for one forward; left out, one for embedded models, else as many as torch takes."""
 
     max_batch: int = _ENGINE.max_batch
     max_active: int = _ENGINE.max_active
