@@ -96,6 +96,13 @@ def served(options: Sequence[str] = ()) -> Iterator[Served]:
             server.process.wait()
 
 
+def is_alive(pid: int) -> bool:
+    """Say whether a process runs; one that has ended and was not waited for does not."""
+    with contextlib.suppress(FileNotFoundError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
 def _descendants(pid: int) -> list[int]:
     found: list[int] = []
     with contextlib.suppress(FileNotFoundError):  # a thread or process that has just ended

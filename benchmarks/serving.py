@@ -29,7 +29,7 @@ import httpx
 import torch
 from open_loop import NO_ANSWER, Answer, keep_busy, offer, percentile
 from pages import table, write_between
-from served import Served, served
+from served import Served, is_alive, served
 
 from latteflow import LatteFlowPipeline, __version__
 from latteflow.benchmark.report import processor_name
@@ -200,8 +200,8 @@ def kills(options: argparse.Namespace) -> list[str]:
             begin = time.perf_counter()
             code = server.stop(number)
             seconds = time.perf_counter() - begin
-            time.sleep(2)
-            left = sum(Path(f"/proc/{pid}").exists() for pid in children)
+            time.sleep(5)
+            left = sum(map(is_alive, children))
         rows.append((f"{number.name}, the server, idle", "", "", "", f"exit {code} after {seconds:.1f} s, {left} left"))
     header = ("signal, to whom, load", "/readyz 503 after", "200 again after", "answers: 200, else", "processes")
     return table(header, rows)
@@ -222,7 +222,7 @@ def _killed_stage(server: Served, number: signal.Signals, rate: float) -> tuple[
         asking.join()
     answers += asyncio.run(_busy(server, 1, 4))
     good = sum(answer.status == 200 for answer in answers)
-    alive = sum(Path(f"/proc/{pid}").exists() for pid in before)
+    alive = sum(map(is_alive, before))
     return (
         f"{number.name}, a stage, {f'{rate:.0f} pictures a second' if rate else 'idle'}",
         f"{noticed:.2f} s",
