@@ -107,6 +107,7 @@ def test_events_come_in_order_and_end_once():
     assert events[-1] is finished
     assert isinstance(finished, Finished)
     assert finished.image.size == (32, 32)
+    assert finished.prompt_tokens == engine.pipe.encode_prompt(["red"]).mask.shape[1]
 
 
 def test_previews_are_shown_where_they_are_due():

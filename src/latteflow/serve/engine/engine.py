@@ -57,6 +57,7 @@ class _Job:
     request: DrawRequest
     started_at: float
     work_a_step: float
+    prompt_tokens: int = 0
     decoding: bool = False
 
 
@@ -267,6 +268,7 @@ class Engine:
             if isinstance(contexts, UserError):
                 self._finish(ticket, Failed(contexts))
                 continue
+            self._jobs[ticket.id].prompt_tokens = int(contexts[0].mask.sum())
             height, width = self._queue.size_of(request)
             factor = self.pipe.vae.spatial_compression_ratio
             shape = (self.pipe.transformer.config.latent_channels, height // factor, width // factor)
@@ -306,7 +308,8 @@ class Engine:
         job = self._jobs[ticket.id]
         queued = job.started_at - ticket.submitted_at
         seconds = time.monotonic() - ticket.submitted_at
-        self._finish(ticket, Finished(image=image, seconds_queued=queued, seconds=seconds))
+        end = Finished(image=image, prompt_tokens=job.prompt_tokens, seconds_queued=queued, seconds=seconds)
+        self._finish(ticket, end)
 
     def _finish(self, ticket: Ticket, event: Event) -> None:
         """Tell a picture's, or a waiting answer's, last event."""

@@ -92,6 +92,7 @@ class Finished:
     finish_reason: str = "stop"
     """"stop", or "length" for an answer that was cut at ``max_new_tokens``."""
     prompt_tokens: int = 0
+    """That the backbone read: words, and pictures in a conversation; a negative prompt's do not count."""
     completion_tokens: int = 0
     """Of an answer."""
     seconds_queued: float = 0.0
