@@ -214,7 +214,8 @@ class Ticket:
             if self.done:
                 return
             # Late subscribers need no preview of what is past, and pictures are what weighs.
-            self._events.append(replace(event, preview=None) if isinstance(event, Progress) else event)
+            heard = isinstance(event, Progress) and self._listeners
+            self._events.append(replace(event, preview=None) if heard else event)
             for listener in self._listeners:
                 listener(event)
             self._changed.notify_all()
