@@ -118,6 +118,16 @@ def test_saved_and_loaded_draws_the_same(hub, tmp_path, include_backbone, shard)
     assert pipe.backbone is not None
 
 
+def test_a_saved_model_does_not_tell_where_its_parts_came_from(hub, tmp_path):
+    built(hub).save_pretrained(tmp_path / "once")
+    again = LatteFlowPipeline.from_pretrained(str(tmp_path / "once"))
+    again.save_pretrained(tmp_path / "twice")
+    files = list((tmp_path / "twice").rglob("*.json"))
+    assert [file.name for file in files if str(tmp_path) in file.read_text()] == []
+    assert len(files) > 4
+    assert torch.equal(drawn(LatteFlowPipeline.from_pretrained(str(tmp_path / "twice"))), drawn(again))
+
+
 def test_without_the_backbone_only_the_replica_and_small_parts_are_stored(hub, tmp_path):
     pipe = built(hub)
     pipe.save_pretrained(tmp_path, include_backbone=False)

@@ -157,7 +157,7 @@ def test_nothing_that_was_said_becomes_html():
         shown.status(said),
         shown.trouble(said),
         Turn("assistant", said).on_screen()["content"],
-        Turn("user", said, (f"/tmp/{said}.png",)).on_screen()["content"],
+        Turn("user", said, (f"/pictures/{said}.png",)).on_screen()["content"],
     ]
     for piece in pieces:
         assert "<img src=x" not in piece

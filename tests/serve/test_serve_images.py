@@ -187,7 +187,7 @@ BAD = [
     ({"stream": True, "n": 2}, None),
     ({"steps": 3, "num_inference_steps": 3}, None),
     ({"negative_prompt": 5}, "negative_prompt"),
-    ({"perf_dump_path": "/tmp/x"}, "perf_dump_path"),
+    ({"perf_dump_path": "/etc/x"}, "perf_dump_path"),
     ({"code_revision": "main"}, "code_revision"),
     ({"size": "33x32"}, None),
     ({"size": "4096x4096"}, None),

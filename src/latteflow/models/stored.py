@@ -115,6 +115,8 @@ class StoredPipeline(DiffusionPipeline):
     def save_pretrained(self, save_directory: str | Path, *, include_backbone: bool = True, **kwargs: Any) -> None:
         """Write the pipeline, as diffusers does: sharded safetensors, and a configuration a part.
 
+        Unlike diffusers, the configurations do not tell from which folders of this machine the parts were loaded.
+
         Args:
             save_directory: the folder.
             include_backbone: if false, the frozen backbone is left out, and found again by its name and revision in
@@ -124,6 +126,9 @@ class StoredPipeline(DiffusionPipeline):
         Raises:
             UserError: the backbone is left out and has no name to be found by.
         """
+        for part in (self, self.transformer, self.vae):
+            if Path(part.config.get("_name_or_path") or "").is_absolute():
+                part.register_to_config(_name_or_path=None)
         if include_backbone:
             return super().save_pretrained(save_directory, **kwargs)
         if not self.transformer.config.backbone_name:
