@@ -301,6 +301,32 @@ def test_a_broken_engine_fails_everything_and_says_so():
             engine.draw(many(1))
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_what_is_being_decoded_when_the_engine_breaks_is_no_second_failure():
+    pipe = toy_pipeline()
+    step, decode, decoding, broken = pipe.transformer.step, pipe.decode, threading.Event(), threading.Event()
+
+    def breaking(group, x_t, *given):
+        if decoding.is_set():
+            raise RuntimeError("x")
+        return step(group, x_t, *given)
+
+    def late(latents):
+        decoding.set()
+        assert broken.wait(LIMIT)
+        return decode(latents)
+
+    pipe.transformer.step, pipe.decode = breaking, late
+    with running(pipe) as engine:
+        tickets = engine.draw([DrawRequest("red", num_inference_steps=2), DrawRequest("red", num_inference_steps=1000)])
+        for ticket in tickets:
+            with pytest.raises(EngineFailed):
+                ticket.result(LIMIT)
+        broken.set()
+        engine.stop()  # the decoder ends in peace
+        assert engine.status().failed == "RuntimeError"
+
+
 def test_draining_finishes_what_is_under_way_and_refuses_the_rest():
     pipe = slow_steps(toy_pipeline())
     with running(pipe, max_active=1) as engine:

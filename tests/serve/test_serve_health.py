@@ -2,6 +2,8 @@
 
 import json
 import logging
+import subprocess
+import sys
 
 import pytest
 from fake_engine import FakeEngine
@@ -144,6 +146,34 @@ def test_prompts_are_logged_where_that_is_wanted(toy_pipe, caplog):
     images, chat = [line for line in lines(caplog) if line["message"] == "request"]
     assert images["prompt"] == 'one\n{"level": "error"}'
     assert chat["prompt"] == [["x"]]
+
+
+def test_a_thread_that_breaks_is_a_line_too():
+    code = """
+import threading
+from latteflow.serve.api.logs import log_as_json
+def run():
+    raise RuntimeError("a private thing")
+log_as_json()
+thread = threading.Thread(target=run, name="latteflow-engine")
+thread.start()
+thread.join()
+"""
+    err = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stderr
+    line = json.loads(err.splitlines()[-1])
+    assert (line["level"], line["thread"], line["exception"]) == ("error", "latteflow-engine", "RuntimeError")
+    assert "private" not in err
+
+
+def test_a_server_ends_after_its_engine_and_says_so(toy_pipe, caplog, monkeypatch):
+    monkeypatch.setattr("latteflow.serve.api.server._BROKEN", 0.2)
+    engine = FakeEngine(toy_pipe)
+    with live(engine, ServerSettings(model="toy")) as server, server.http() as http:
+        engine.failed = "RuntimeError"
+        wait_for(lambda: not server.server.sound)
+        assert http.get("/readyz").status_code == 503
+        wait_for(lambda: server.server.should_exit)
+    assert [line["message"] for line in lines(caplog) if line["level"] == "error"] == ["the engine broke down"]
 
 
 def test_a_line_is_a_line_and_an_exception_keeps_its_words():

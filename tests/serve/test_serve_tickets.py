@@ -1,11 +1,14 @@
 """Tickets followed from the event loop, without a server."""
 
 import asyncio
+import gc
 
 import anyio
 import pytest
+from fastapi import Request
+from starlette.requests import ClientDisconnect
 
-from latteflow.serve.api.tickets import HEARTBEAT, EventStream, events, server_event
+from latteflow.serve.api.tickets import HEARTBEAT, EventStream, events, finished, server_event
 from latteflow.serve.engine.requests import DrawRequest, EngineFailed, Failed, Finished, Progress, Ticket
 
 STEP = Progress(1, 2, 0, 0.0, 0.1, 1)
@@ -77,6 +80,23 @@ def test_who_does_not_read_has_given_up():
     anyio.run(serve)
     assert followed.cancelled
     assert len(sent) == 3
+
+
+def test_a_client_that_leaves_is_no_error_to_log():
+    followed, complaints = [ticket(), ticket()], []
+
+    async def receive():
+        return {"type": "http.disconnect"}
+
+    async def ask():
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+        with pytest.raises(ClientDisconnect):
+            await finished(Request({"type": "http"}, receive), followed)
+
+    asyncio.run(ask())
+    gc.collect()  # what nobody looked at is told of when it goes
+    assert complaints == []
+    assert all(each.cancelled for each in followed)
 
 
 def test_a_server_event_is_one_whatever_is_in_it():

@@ -116,7 +116,7 @@ def _keys(file: Path | None, host: str, insecure: bool) -> ApiKeys:
 def _serve_here(
     settings: ServeSettings, keys: ApiKeys, host: str, port: int, drain_delay: float, *, page: bool
 ) -> bool:
-    """Serve from this process until a signal; return whether the engine got warm."""
+    """Serve from this process until a signal; return whether the engine got warm and did not break down."""
     from latteflow.serve.api.logs import log_as_json
     from latteflow.serve.api.server import serve as run
     from latteflow.serve.deploy.served import served_app

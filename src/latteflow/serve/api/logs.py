@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import threading
 import time
 import traceback
 import uuid
@@ -88,10 +89,17 @@ class RequestLog:
 
 
 def log_as_json() -> None:
-    """Have the process log to stderr as JSON lines: what the server says, and everybody's warnings."""
+    """Have the process log to stderr as JSON lines: the server's words, everybody's warnings, and how threads broke."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines())
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.captureWarnings(True)
     for name in ("latteflow", "uvicorn"):
         logging.getLogger(name).setLevel(logging.INFO)
+    threading.excepthook = _log_broken_thread
+
+
+def _log_broken_thread(broken: threading.ExceptHookArgs) -> None:
+    """Log what ended a thread as a line like any other; Python would print its words, which may quote a prompt."""
+    error, name = broken.exc_value, broken.thread.name if broken.thread else "unknown"
+    _LOGGER.error("a thread broke down", exc_info=error, extra={"fields": {"thread": name}})

@@ -17,15 +17,18 @@ from latteflow.errors import UserError
 _LOGGER = logging.getLogger("latteflow.serve")
 _LAST_WORDS = 5
 """Seconds for answers that are done to be sent, once everything has been drained."""
+_BROKEN = 5.0
+"""Seconds in which requests are told that the engine is broken, before the server ends."""
 
 
 def serve(app: FastAPI, host: str, port: int, *, drain: float, notice: float, announce: Callable[[str], None]) -> bool:
     """Serve an application until SIGTERM or SIGINT; a second of them ends the process at once, with code 1.
 
-    Return whether the engine got warm; if it did not, the log says why.
+    Return whether the engine got warm and worked to the end; if it did not, the log says why. A broken engine does not
+    mend, so the process ends soon after, and whoever looks after it starts it again.
 
-    After the first, ``/readyz`` answers 503 while requests are still taken, for ``notice`` seconds; then requests are
-    refused with 503 and what runs is finished, for at most ``drain`` seconds.
+    After the first signal, ``/readyz`` answers 503 while requests are still taken, for ``notice`` seconds; then
+    requests are refused with 503 and what runs is finished, for at most ``drain`` seconds.
 
     Args:
         app: as ``create_app`` returns it.
@@ -58,7 +61,7 @@ def serve(app: FastAPI, host: str, port: int, *, drain: float, notice: float, an
         raise UserError(
             f"cannot listen on {host}:{port}: give a free --port, and an address of this machine"
         ) from error
-    return server.warm
+    return server.sound
 
 
 class LeavingServer(uvicorn.Server):
@@ -77,8 +80,8 @@ class LeavingServer(uvicorn.Server):
     ) -> None:
         super().__init__(config)
         self.app, self.drain, self.notice, self.announce = app, drain, notice, announce
-        self.warm = True
-        """Whether the engine got warm, as far as is known."""
+        self.sound = True
+        """Whether the engine got warm and works, as far as is known."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._asked_to_leave = False
@@ -88,6 +91,13 @@ class LeavingServer(uvicorn.Server):
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
         self._keep(self._announce())
+
+    async def on_tick(self, counter: int) -> bool:
+        """Have the server end some time after the engine broke down; uvicorn asks ten times a second."""
+        if self.sound and self.app.state.service.engine.status().failed is not None:
+            self.sound = False
+            self._keep(self._end_broken())
+        return await super().on_tick(counter)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to leave; the second time, leave."""
@@ -106,6 +116,11 @@ class LeavingServer(uvicorn.Server):
         _LOGGER.info("drained", extra={"fields": {"finished_everything": whole}})
         self.should_exit = True
 
+    async def _end_broken(self) -> None:
+        _LOGGER.error("the engine broke down", extra={"fields": {"leaving_after": _BROKEN}})
+        await asyncio.sleep(_BROKEN)
+        self.should_exit = True
+
     async def _announce(self) -> None:
         warm_up: asyncio.Task[None] = self.app.state.warm_up
         await asyncio.wait({warm_up})
@@ -114,7 +129,7 @@ class LeavingServer(uvicorn.Server):
             self.announce(self._url())
             return
         _LOGGER.error("warm-up failed", exc_info=error)
-        self.warm, self.should_exit = False, True
+        self.sound, self.should_exit = False, True
 
     def _url(self) -> str:
         host, port = self.servers[0].sockets[0].getsockname()[:2]

@@ -42,6 +42,7 @@ async def finished(request: Request, tickets: Sequence[Ticket]) -> list[Finished
             ticket.cancel()
         work.cancel()
         gone.cancel()
+        await asyncio.gather(work, gone, return_exceptions=True)  # or the loop logs that nobody looked at their ends
 
 
 async def events(ticket: Ticket, quiet: float = 15.0) -> AsyncIterator[Event | None]:

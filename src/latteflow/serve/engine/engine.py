@@ -305,7 +305,9 @@ class Engine:
             self._decoding.put(job.ticket, outcome.x_1)
 
     def _decoded(self, ticket: Ticket, image: Image.Image) -> None:
-        job = self._jobs[ticket.id]
+        job = self._jobs.get(ticket.id)
+        if job is None:  # the engine has ended meanwhile, and has said so
+            return
         queued = job.started_at - ticket.submitted_at
         seconds = time.monotonic() - ticket.submitted_at
         end = Finished(image=image, prompt_tokens=job.prompt_tokens, seconds_queued=queued, seconds=seconds)
