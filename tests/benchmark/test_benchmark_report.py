@@ -186,8 +186,10 @@ def test_limits_and_fresh_processes(monkeypatch):
     quick = Settings(CPU, torch.float32, 1, steps=2, quick=True)
     assert "FLOP/s, weights at" in limits_page(quick).body
     monkeypatch.setattr(startup, "run_once", lambda command: float(len(command)))
-    text = startup.startup_page(quick, lambda message: None).body
-    assert "| fresh process to PNG beyond `import torch, diffusers, transformers` | 6.00 |" in text
+    monkeypatch.setattr(startup, "_OPTIONAL", ("torch", "no-such-package"))
+    page = startup.startup_page(quick, lambda message: None)
+    assert "| fresh process to PNG beyond `import torch, diffusers, transformers` | 6.00 |" in page.body
+    assert f"torch {torch.__version__}, no-such-package (not installed)." in page.made
 
 
 class TestEmoji:

@@ -7,6 +7,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from latteflow.errors import UserError
 
 ROUNDS = 7
 _LIBRARIES = "import torch, diffusers, transformers"
+_OPTIONAL = ("accelerate", "peft", "torchao")
 _CLASSES = (
     f"{_LIBRARIES}; from diffusers import AutoencoderDC, DiffusionPipeline, FlowMatchEulerDiscreteScheduler; "
     "from transformers import DynamicCache, PreTrainedModel, Qwen2VLForConditionalGeneration"
@@ -76,7 +78,18 @@ def startup_page(settings: Settings, watch: Callable[[str], object]) -> Page:
         f"Wall time of fresh processes, {settings.rounds(ROUNDS)} rounds in turns after one that does not count (files "
         f"then come from memory); the picture is emoji-64's, {settings.steps} steps with guidance. diffusers and "
         "transformers import their models late, so that `import diffusers` alone is less than any picture needs; both "
-        "are shown."
+        f"are shown. diffusers also imports, where it finds them: {_found(_OPTIONAL)}."
     )
     body = table(("process", "s", "10% to 90% (times)"), rows) + "\n\n" + table(("difference of medians", "s"), beyond)
     return Page("startup", "From nothing to a picture", made, body, torch.float32)
+
+
+def _found(packages: Sequence[str]) -> str:
+    """Return versions, for a process that finds more takes longer to start."""
+    found = []
+    for package in packages:
+        try:
+            found.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            found.append(f"{package} (not installed)")
+    return ", ".join(found)

@@ -17,6 +17,9 @@ from latteflow.errors import UserError
 _LOGGER = logging.getLogger("latteflow.serve")
 _LAST_WORDS = 5
 """Seconds for answers that are done to be sent, once everything has been drained."""
+_KEEP_ALIVE = 75
+"""Seconds that an idle connection is kept: longer than clients and proxies keep theirs, for one that is closed just as
+the next request is sent costs that request its answer."""
 _BROKEN = 5.0
 """Seconds in which requests are told that the engine is broken, before the server ends."""
 
@@ -52,6 +55,7 @@ def serve(app: FastAPI, host: str, port: int, *, drain: float, notice: float, an
         access_log=False,
         server_header=False,
         proxy_headers=False,
+        timeout_keep_alive=_KEEP_ALIVE,
         timeout_graceful_shutdown=_LAST_WORDS,
     )
     server = LeavingServer(config, app, drain=drain, notice=notice, announce=announce)
