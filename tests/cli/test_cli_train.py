@@ -34,6 +34,7 @@ def test_trains_prints_where_and_shows_the_loss(latteflow, file, tmp_path, stage
     assert outcome.code == 0, outcome.err
     assert outcome.out.strip().replace("\n", "") == f"trained weights: {tmp_path / 'run' / 'final'}"
     assert f"{stage}: 36 samples" in outcome.err
+    assert ("latents and contexts are computed once" in outcome.err) == (stage == "generator")
     assert "step 4" in outcome.err
     assert "loss" in outcome.err
     assert (tmp_path / "run" / "final").is_dir()

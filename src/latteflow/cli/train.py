@@ -73,7 +73,7 @@ def _plan(settings: Any, device: str, devices: int, mfu: float) -> None:
 
 def _run(settings: Any) -> None:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from latteflow.train.build import build_stage
     from latteflow.train.guard import TrainingDiverged
@@ -84,8 +84,11 @@ def _run(settings: Any) -> None:
     stage = build_stage(settings)
     parameters = sum(p.numel() for p in stage.model.parameters() if p.requires_grad)
     console.print(f"{settings.stage}: {stage.number} samples, {parameters / 1e6:.2f}M trainable parameters")
-    with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=console) as bar:
-        task = bar.add_task("training", total=settings.train.steps)
+    if settings.stage == "generator":
+        console.print("preparing: of a set in memory, latents and contexts are computed once, which can take minutes")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("preparing", total=settings.train.steps)
 
         def watch(step: Step) -> None:
             bar.update(task, completed=step.step, description=_described(step))
