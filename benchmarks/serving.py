@@ -330,8 +330,10 @@ def _all_answered(answers: Sequence[Answer], allowed: set[int]) -> None:
 
 def _conditions(part: str, options: argparse.Namespace) -> str:
     machine = f"{processor_name()}, {len(os.sched_getaffinity(0))} cores"
+    asked = {"load": ["seconds"], "overload": ["seconds"], "soak": ["minutes"], "overhead": ["rounds"]}.get(part, [])
+    words = [f" --{name} {getattr(options, name):g}" for name in [*asked, *(["threads"] if options.threads else [])]]
     return (
-        f"`python benchmarks/serving.py {part} --dtype {options.dtype}`: {date.today()}, "
+        f"`python benchmarks/serving.py {part} --dtype {options.dtype}{''.join(words)}`: {date.today()}, "
         f"latteflow {__version__}, torch {torch.__version__}, {platform.system()}, {machine}; emoji-64, "
         f"{options.dtype}, 40 Euler steps, guidance 4, the client on the same machine. Load average at the end: "
         f"{os.getloadavg()[0]:.1f}."

@@ -127,7 +127,8 @@ class StoredPipeline(DiffusionPipeline):
             UserError: the backbone is left out and has no name to be found by.
         """
         for part in (self, self.transformer, self.vae):
-            if Path(part.config.get("_name_or_path") or "").is_absolute():
+            place = Path(part.config.get("_name_or_path") or "")
+            if place.is_absolute() or (place.name and place.is_dir()):
                 part.register_to_config(_name_or_path=None)
         if include_backbone:
             return super().save_pretrained(save_directory, **kwargs)
