@@ -1,81 +1,18 @@
-"""The page and the plots of benchmarks/claims.py, from saved runs alone."""
+"""The page of benchmarks/claims.py, from saved runs alone."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from claims_plots import write_plots
+from claims_saved import LINES, Case, Measure, Run, load_case, readings
 from pages import table, write_between
 
 from latteflow.errors import UserError
-from latteflow.evaluate.claim_plan import Claim, Plan
-from latteflow.evaluate.claims import (
-    FEWEST_SEEDS,
-    Comparison,
-    at_place,
-    compare,
-    smallest_detectable_effect,
-    spread,
-)
+from latteflow.evaluate.claims import at_place, smallest_detectable_effect, spread
 
-Run = dict[str, Any]
-LINES = {
-    "a": "four experts against all layers at every step (Vanilla)",
-    "b": "layers in a group",
-    "c": "residual attention",
-    "d": "the backbone's weights against random ones",
-    "e": "uniform against uneven intervals",
-    "f": "shared in/out layers against a group's own",
-    "g": "experts that begin at noise",
-}
 README_LINES = (("a",), ("b",), ("c",), ("d",), ("e", "f", "g"))
-
-
-@dataclass(frozen=True)
-class Measure:
-    """A figure of a run that arms are compared by."""
-
-    name: str
-    of: Callable[[Run], float]
-    larger_is_better: bool = False
-
-
-@dataclass(frozen=True)
-class Case:
-    """A plan and its saved runs, by arm and seed."""
-
-    plan: Plan
-    about: Run
-    runs: dict[str, dict[int, Run]]
-    diverged: tuple[str, ...]
-
-    @property
-    def measures(self) -> tuple[Measure, ...]:
-        """The held-out loss, which verdicts are of, and what drawings are."""
-        figure = self.plan.judge_figure
-        return (
-            Measure("held-out loss", lambda run: run["curve"][-1]["loss"]),
-            Measure("FD-EffLite0", lambda run: run["drawings"]["frechet"]),
-            Measure(f"judge: {figure}", lambda run: run["drawings"][figure], larger_is_better=True),
-        )
-
-    def values(self, arm: str, measure: Measure) -> dict[int, float]:
-        """Return a figure by seed."""
-        return {seed: measure.of(run) for seed, run in sorted(self.runs.get(arm, {}).items())}
-
-    def compared(self, claim: Claim, measure: Measure) -> Comparison | None:
-        """Return what the runs say of a claim; None while there are too few."""
-        better, than = self.values(claim.better, measure), self.values(claim.than, measure)
-        if len(set(better) & set(than)) < FEWEST_SEEDS:
-            return None
-        base = list(self.values(self.plan.base_arm, measure).values())
-        margin = self.plan.margin * abs(sum(base) / len(base))
-        return compare(better, than, margin=margin, larger_is_better=measure.larger_is_better)
 
 
 def write_report(results: Path, readme: Path | None) -> None:
@@ -94,36 +31,11 @@ def write_report(results: Path, readme: Path | None) -> None:
     short = in_short(cases)
     lines = ["# The paper's claims, tried at small scale", "", *preamble(cases), "", *short, ""]
     for case in cases:
-        lines += [f"## {case.plan.title}", "", *section(case, results.parent, results.name), ""]
+        lines += [f"## {case.plan.title}", "", *section(case, results.parent), ""]
     (results.parent / "claims.md").write_text("\n".join(lines), encoding="utf-8")
     if readme is not None:
         write_between(readme, "claims", short)
     print("\n".join(short))
-
-
-def load_case(folder: Path) -> Case:
-    """Read a case's runs.
-
-    Raises:
-        UserError: runs of one seed did not see the same samples and noise.
-    """
-    about = json.loads((folder / "case.json").read_text(encoding="utf-8"))
-    plan = Plan.model_validate({**about["plan"], "base": ""})
-    runs: dict[str, dict[int, Run]] = {}
-    diverged = []
-    for file in sorted(folder.glob("*-*.json")):
-        run = json.loads(file.read_text(encoding="utf-8"))
-        if "diverged" in run:
-            diverged.append(f"{run['arm']} seed {run['seed']}: {run['diverged']}")
-        elif run["arm"] in plan.arms:
-            runs.setdefault(run["arm"], {})[run["seed"]] = run
-    for seed in {seed for by_seed in runs.values() for seed in by_seed}:
-        if len({by_seed[seed]["draws_sha256"] for by_seed in runs.values() if seed in by_seed}) > 1:
-            raise UserError(f"{folder}: runs of seed {seed} did not see the same samples and noise")
-    if plan.base_arm not in runs:
-        raise UserError(f"{folder}: no run of {plan.base_arm!r}, which all others are measured by")
-    ordered = {arm: runs[arm] for arm in plan.arms if arm in runs}
-    return Case(plan, about, ordered, tuple(diverged))
 
 
 def preamble(cases: Sequence[Case]) -> list[str]:
@@ -177,20 +89,9 @@ def ours(verdict: str) -> str:
     return {"replicates": "yes", "does not replicate": "no"}.get(verdict, verdict)
 
 
-def section(case: Case, folder: Path, runs_folder: str) -> list[str]:
+def section(case: Case, folder: Path) -> list[str]:
     """Return a case's part of the page, and draw its plots."""
-    plots = {
-        "curves": plot_curves(case),
-        "seeds": plot_seeds(case),
-        "gates": plot_gates(case),
-    }
-    shown = []
-    for name, figure in plots.items():
-        if figure is not None:
-            file = folder / f"claims-{case.plan.case}-{name}.svg"
-            figure.savefig(file, metadata={"Date": None})
-            figure.savefig(file.with_suffix(".png"), dpi=110, metadata={"Software": "latteflow"})
-            shown.append(f"![{name}]({file.with_suffix('.png').name})")
+    plots = write_plots(case, folder)
     run = next(iter(case.runs[case.plan.base_arm].values()))
     settings, drawings = run["recipe"]["train"], case.plan.drawings
     lines = [
@@ -208,7 +109,7 @@ def section(case: Case, folder: Path, runs_folder: str) -> list[str]:
         "",
         *costs(case),
         "",
-        *shown,
+        *(f"![{file.stem.rpartition('-')[2]}]({file.name})" for file in plots),
     ]
     if case.diverged:
         lines += ["", "Diverged: " + "; ".join(case.diverged) + "."]
@@ -309,13 +210,6 @@ def mean_curve(case: Case, arm: str) -> list[dict[str, float]]:
     ]
 
 
-def readings(case: Case, arm: str) -> list[list[dict[str, float]]]:
-    """Return an arm's readings, those of all seeds at one step together; a step that a run lacks is left out."""
-    curves = [{row["step"]: row for row in run["curve"]} for run in case.runs.get(arm, {}).values()]
-    steps = sorted(set.intersection(*map(set, curves))) if curves else []
-    return [[curve[step] for curve in curves] for step in steps]
-
-
 def where(case: Case) -> list[str]:
     """Return the loss by part of [0, 1], on training pictures, and what another prompt costs, for every arm."""
     rows = []
@@ -368,97 +262,6 @@ def costs(case: Case) -> list[str]:
 def processor_seconds(run: Run) -> float:
     """Return what a run took in all, readings and drawings too."""
     return run["curve"][-1]["processor_seconds"] + run["processor_seconds_of_measuring"]
-
-
-def plot_curves(case: Case) -> Figure:
-    """Draw held-out loss over steps and operations for (a), and over steps for every other question."""
-    lines = dict.fromkeys(claim.line for claim in case.plan.claims)
-    panels = [(line, axis) for line in lines for axis in (("step", "flops") if line in "ab" else ("step",))]
-    rows = -(-len(panels) // 3)
-    figure = Figure(figsize=(12, 3.2 * rows), layout="constrained")
-    for place, (line, axis) in enumerate(panels):
-        axes = figure.add_subplot(rows, 3, place + 1)
-        claims = [claim for claim in case.plan.claims if claim.line == line]
-        for arm in dict.fromkeys(arm for claim in claims for arm in (claim.better, claim.than)):
-            draw_band(axes, case, arm, axis)
-        axes.set_title(f"({line}) {LINES[line]}", fontsize=8)
-        axes.set(xlabel="steps" if axis == "step" else "training operations", ylabel="held-out loss", yscale="log")
-        axes.grid(alpha=0.3, which="both")
-        axes.legend(fontsize=7)
-    figure.suptitle(f"{case.plan.title}: mean over seeds, lowest to highest", fontsize=9)
-    return figure
-
-
-def draw_band(axes: Axes, case: Case, arm: str, axis: str) -> None:
-    """Draw an arm's mean curve and, behind it, from the lowest to the highest of its seeds."""
-    rows = readings(case, arm)[1:]  # the first reading is far above all others
-    if not rows:
-        return
-    places = [row[0][axis] for row in rows]
-    losses = [[reading["loss"] for reading in row] for row in rows]
-    label = case.plan.arms[arm].label
-    (drawn,) = axes.plot(places, [sum(some) / len(some) for some in losses], label=label, linewidth=1)
-    axes.fill_between(places, list(map(min, losses)), list(map(max, losses)), color=drawn.get_color(), alpha=0.2)
-
-
-def plot_seeds(case: Case) -> Figure:
-    """Draw each arm's seeds, a panel a figure: the base arm's spread first."""
-    figure = Figure(figsize=(12, 0.32 * len(case.runs) + 1.2), layout="constrained")
-    arms = [arm for arm in case.plan.arms if arm in case.runs]
-    for place, measure in enumerate(case.measures):
-        axes = figure.add_subplot(1, 3, place + 1)
-        for row, arm in enumerate(arms):
-            values = list(case.values(arm, measure).values())
-            axes.plot(values, [row] * len(values), "o", markersize=4, alpha=0.7, color="C0" if row else "C1")
-        base = list(case.values(case.plan.base_arm, measure).values())
-        axes.axvspan(min(base), max(base), color="C1", alpha=0.15)
-        axes.set_yticks(
-            range(len(arms)), [case.plan.arms[arm].label for arm in arms] if place == 0 else [""] * len(arms)
-        )
-        axes.tick_params(labelsize=7)
-        axes.invert_yaxis()
-        axes.set_xlabel(
-            measure.name + (", more is better" if measure.larger_is_better else ", less is better"), fontsize=8
-        )
-        axes.grid(alpha=0.3, axis="x")
-    figure.suptitle(
-        f"{case.plan.title}: every seed; the band is {case.plan.arms[case.plan.base_arm].label}", fontsize=9
-    )
-    return figure
-
-
-def plot_gates(case: Case) -> Figure | None:
-    """Draw where gates have opened: the mean over seeds and heads of |g(t)|, by layer and t."""
-    arms = [arm for arm, runs in case.runs.items() if any(run["gates"] for run in runs.values())]
-    wanted = {arm for claim in case.plan.claims if claim.line in "ac" for arm in (claim.better, claim.than)}
-    arms = [arm for arm in arms if arm in wanted]
-    if not arms:
-        return None
-    figure = Figure(figsize=(3.6 * len(arms), 3), layout="constrained")
-    for place, arm in enumerate(arms):
-        layers, times = opened(list(case.runs[arm].values()))
-        axes = figure.add_subplot(1, len(arms), place + 1)
-        top = max(value for row in layers.values() for value in row if value is not None)
-        grid = [[float("nan") if value is None else value for value in layers[number]] for number in layers]
-        image = axes.pcolormesh(times, list(range(len(grid))), grid, vmin=0, vmax=top or 1, shading="nearest")
-        axes.set_yticks(range(len(grid)), list(layers))
-        axes.set(xlabel="t (0 is noise)", ylabel="layer")
-        axes.set_title(f"{case.plan.arms[arm].label}: mean |g(t)|", fontsize=8)
-        figure.colorbar(image)
-    return figure
-
-
-def opened(runs: Sequence[Run]) -> tuple[dict[str, list[float | None]], list[float]]:
-    """Return the mean over runs and heads of |g| by layer, one a time; None where a layer does not run."""
-    gates = [run["gates"] for run in runs if run["gates"]]
-    layers: dict[str, list[float | None]] = {}
-    for layer in gates[0]["layers"]:
-        rows = zip(*(gate["layers"][layer] for gate in gates), strict=True)
-        layers[layer] = [
-            None if some[0] is None else sum(abs(g) for heads in some for g in heads) / sum(map(len, some))
-            for some in rows
-        ]
-    return layers, gates[0]["times"]
 
 
 def number(value: float) -> str:

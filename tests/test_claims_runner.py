@@ -99,6 +99,10 @@ def test_a_plan_is_run_skipped_and_reported(options, monkeypatch, capsys):
     drawn = {file.name for file in options.results.parent.glob("*.png")}
     assert drawn == {f"claims-toy-{name}.png" for name in ("curves", "seeds", "gates")}
     assert "two beat one" in capsys.readouterr().out
+    pages = [file for file in options.results.parent.iterdir() if file.suffix in (".md", ".png", ".svg")]
+    written = {file.name: file.read_bytes() for file in pages}
+    claims_report.write_report(options.results, readme)
+    assert {file.name: file.read_bytes() for file in pages} == written
 
 
 def test_overrides_may_be_of_one_case():
