@@ -219,14 +219,15 @@ def where(case: Case) -> list[str]:
         by_t = [sum(end.get(f"loss/t-{k}", float("nan")) for end in ends) / len(ends) for k in range(8)]
         words = [sum(o.get(f"loss/t-{k}", float("nan")) for o in others) / len(others) - by_t[k] for k in (0, 2, 4)]
         seen = sum(end["seen"] for end in ends) / len(ends)
+        whole = sum(end["loss"] for end in ends) / len(ends)
         label = f"{case.plan.arms[arm].label} ({len(ends)})"
-        rows.append([label, *map(number, by_t), number(seen), " / ".join(f"{w:+.3f}" for w in words)])
-    header = ("arm (seeds)", *(f"{k}/8" for k in range(8)), "seen", "another prompt")
+        rows.append([label, number(whole), *map(number, by_t), number(seen), " / ".join(f"{w:+.3f}" for w in words)])
+    header = ("arm (seeds)", "all", *(f"{k}/8" for k in range(8)), "seen", "another prompt")
     return [
         "### Where",
         "",
-        "Held-out loss at the end by eighths of t, from noise to data; `seen`: the loss on as many training pictures; "
-        "what the neighbour's prompt in place of the own adds in the eighths from 0, 2/8 and 4/8.",
+        "Held-out loss at the end, in all and by eighths of t, from noise to data; `seen`: the loss on as many "
+        "training pictures; what the neighbour's prompt in place of the own adds in the eighths from 0, 2/8 and 4/8.",
         "",
         *table(header, rows),
     ]
